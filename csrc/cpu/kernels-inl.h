@@ -1,0 +1,258 @@
+// The CPU kernels, compiled once per instruction set: the including file names it (FUSED_SCE_ISA) and opens the
+// compiler's target region. No standard header may be included here for the first time: its inline functions would be
+// compiled for that instruction set and could be linked into code for machines without it.
+//
+// A range of elements is worked off in blocks of kBlock: operands that are not already an array of the computing type
+// are gathered into buffers, one loop over plain arrays computes loss and gradient (the compiler vectorises it; there
+// are no intrinsics), and results that are not of the computing type are scattered. So types, strides and broadcasting
+// cost one small loop each, and there is one formula loop instead of one per combination.
+
+namespace fused_sce::cpu::FUSED_SCE_ISA {
+namespace {
+
+// Copies one run of `count` elements, `stride` apart, to the type computed in.
+template <class T, class From>
+void copy_run(const From* from, int64_t stride, int64_t count, T* to) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = load_as<T>(from[i]);
+  } else if (stride == 0) {
+    const T value = load_as<T>(from[0]);
+    for (int64_t i = 0; i < count; ++i) to[i] = value;
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = load_as<T>(from[i * stride]);
+  }
+}
+
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::Float32;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::Float64;
+};
+
+// Elements [begin, begin + count) of an operand as an array of T: in place where it is one already, else in `buffer`.
+template <class T>
+const T* gather(const Problem& problem, const Operand& operand, int64_t begin, int64_t count, T* buffer) {
+  if (operand.contiguous && operand.dtype == DTypeOf<T>::value) return static_cast<const T*>(operand.data) + begin;
+  visit(operand.dtype, [&](auto tag) {
+    using From = decltype(tag);
+    const From* data = static_cast<const From*>(operand.data);
+    if (operand.contiguous) {
+      copy_run(data + begin, 1, count, buffer);
+      return;
+    }
+    const int64_t columns = problem.sizes[problem.ndim - 1];
+    const int64_t stride = operand.strides[problem.ndim - 1];
+    int64_t column = begin % columns;
+    for (int64_t done = 0; done < count;) {
+      const int64_t left = columns - column;
+      const int64_t run = count - done < left ? count - done : left;
+      copy_run(data + offset_of(problem, operand, begin + done), stride, run, buffer + done);
+      done += run;
+      column = 0;
+    }
+  });
+  return buffer;
+}
+
+// Writes an array of T to elements [begin, begin + count) of a result.
+template <class T>
+void scatter(const Result& result, int64_t begin, int64_t count, const T* values) {
+  visit_floating(result.dtype, [&](auto tag) {
+    using To = decltype(tag);
+    To* to = static_cast<To*>(result.data) + begin;
+    for (int64_t i = 0; i < count; ++i) to[i] = StoreAs<To>::from(values[i]);
+  });
+}
+
+// The formula over arrays. Loss and gradient may not overlap the inputs.
+template <class T, bool kPosWeight, bool kLoss, bool kGradient>
+void compute(
+    int64_t count,
+    const T* __restrict__ logits,
+    const T* __restrict__ target,
+    const T* __restrict__ pos_weight,
+    TwoPart<T> scale,
+    T* __restrict__ loss,
+    T* __restrict__ gradient) {
+  for (int64_t i = 0; i < count; ++i) {
+    const LossAndGradient<T> result =
+        sigmoid_cross_entropy<T, kPosWeight>(logits[i], target[i], kPosWeight ? pos_weight[i] : T(1));
+    if (kLoss) loss[i] = result.loss;
+    if (kGradient) gradient[i] = mul_add(result.gradient, scale.lower, result.gradient * scale.upper);
+  }
+}
+
+template <class T, bool kLoss, bool kGradient>
+void compute_block(
+    int64_t count,
+    const T* logits,
+    const T* target,
+    const T* pos_weight,
+    TwoPart<T> scale,
+    T* loss,
+    T* gradient) {
+  if (pos_weight) {
+    compute<T, true, kLoss, kGradient>(count, logits, target, pos_weight, scale, loss, gradient);
+  } else {
+    compute<T, false, kLoss, kGradient>(count, logits, target, pos_weight, scale, loss, gradient);
+  }
+}
+
+template <class T>
+void multiply(int64_t count, const T* __restrict__ factor, T* __restrict__ values) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor[i];
+}
+
+// The buffers of one block.
+template <class T>
+struct Block {
+  T logits[kBlock];
+  T target[kBlock];
+  T weight[kBlock];
+  T pos_weight[kBlock];
+  T upstream[kBlock];
+  T loss[kBlock];
+  T gradient[kBlock];
+};
+
+// Computes elements [begin, begin + count), count <= kBlock. The gradient goes to its result; the loss to block.loss if
+// `want_loss`, for the caller to store or to add.
+template <class T>
+void compute_elements(
+    const Problem& problem,
+    TwoPart<T> scale,
+    int64_t begin,
+    int64_t count,
+    bool want_loss,
+    Block<T>& block) {
+  const T* logits = gather(problem, problem.logits, begin, count, block.logits);
+  const T* target = gather(problem, problem.target, begin, count, block.target);
+  const T* pos_weight =
+      problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
+
+  const bool want_gradient = bool(problem.gradient);
+  const bool in_place = want_gradient && problem.gradient.dtype == DTypeOf<T>::value;
+  T* gradient = in_place ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
+  if (want_loss && want_gradient) {
+    compute_block<T, true, true>(count, logits, target, pos_weight, scale, block.loss, gradient);
+  } else if (want_gradient) {
+    compute_block<T, false, true>(count, logits, target, pos_weight, scale, block.loss, gradient);
+  } else {
+    compute_block<T, true, false>(count, logits, target, pos_weight, scale, block.loss, gradient);
+  }
+
+  if (problem.weight) {
+    const T* weight = gather(problem, problem.weight, begin, count, block.weight);
+    if (want_loss) multiply(count, weight, block.loss);
+    if (want_gradient) multiply(count, weight, gradient);
+  }
+  if (want_gradient) {
+    if (problem.upstream) {
+      multiply(count, gather(problem, problem.upstream, begin, count, block.upstream), gradient);
+    }
+    if (!in_place) scatter(problem.gradient, begin, count, gradient);
+  }
+}
+
+// A running sum in sixteen float64 lanes: wide enough for any vector unit, and the same sum on all of them.
+struct Lanes {
+  static constexpr int kCount = 16;
+  double sum[kCount] = {};
+
+  template <class T>
+  void add(const T* values, int64_t count) {
+    int64_t i = 0;
+    for (; i + kCount <= count; i += kCount) {
+      for (int lane = 0; lane < kCount; ++lane) sum[lane] += double(values[i + lane]);
+    }
+    for (int lane = 0; i + lane < count; ++lane) sum[lane] += double(values[i + lane]);
+  }
+
+  double total() const {
+    double level[kCount];
+    for (int lane = 0; lane < kCount; ++lane) level[lane] = sum[lane];
+    for (int width = kCount / 2; width > 0; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) level[lane] += level[lane + width];
+    }
+    return level[0];
+  }
+};
+
+template <class T>
+void chunks_as(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
+  Block<T> block;
+  const TwoPart<T> scale = reciprocal<T>(problem.divisor);
+  const bool want_loss = partial_sums || problem.loss;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t chunk_end = (chunk + 1) * kChunk < problem.numel ? (chunk + 1) * kChunk : problem.numel;
+    Lanes lanes;
+    for (int64_t i = chunk * kChunk; i < chunk_end; i += kBlock) {
+      const int64_t count = chunk_end - i < kBlock ? chunk_end - i : kBlock;
+      compute_elements<T>(problem, scale, i, count, want_loss, block);
+      if (problem.loss) scatter(problem.loss, i, count, block.loss);
+      if (partial_sums) lanes.add(block.loss, count);
+    }
+    if (partial_sums) partial_sums[chunk] = lanes.total();
+  }
+}
+
+template <class T>
+void rows_as(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
+  Block<T> block;
+  const TwoPart<T> scale = {T(1), T(0)};
+  // Short rows share a block: a head with five labels would otherwise fill no vector.
+  const int64_t rows_per_block = columns > 0 && columns <= kBlock ? kBlock / columns : 1;
+  for (int64_t row = begin; row < end; row += rows_per_block) {
+    const int64_t rows = end - row < rows_per_block ? end - row : rows_per_block;
+    if (rows_per_block > 1) compute_elements<T>(problem, scale, row * columns, rows * columns, true, block);
+    for (int64_t k = 0; k < rows; ++k) {
+      Lanes lanes;
+      if (rows_per_block > 1) {
+        lanes.add(block.loss + k * columns, columns);
+      } else {
+        for (int64_t i = 0; i < columns; i += kBlock) {
+          const int64_t count = columns - i < kBlock ? columns - i : kBlock;
+          compute_elements<T>(problem, scale, row * columns + i, count, true, block);
+          lanes.add(block.loss, count);
+        }
+      }
+      const double loss = lanes.total() / problem.divisor;
+      scatter(problem.loss, row + k, 1, &loss);
+    }
+  }
+}
+
+// Without fused multiply-add the float formula reaches 2.05 ULP, so float is then computed in double: slower, and
+// right. Only x86-64 processors from before 2013 take that path.
+bool computed_in_double(const Problem& problem) { return problem.in_double || !FUSED_SCE_HAS_FMA; }
+
+void chunks(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
+  if (computed_in_double(problem)) {
+    chunks_as<double>(problem, begin, end, partial_sums);
+  } else {
+    chunks_as<float>(problem, begin, end, partial_sums);
+  }
+}
+
+void rows(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
+  if (computed_in_double(problem)) {
+    rows_as<double>(problem, columns, begin, end);
+  } else {
+    rows_as<float>(problem, columns, begin, end);
+  }
+}
+
+#define FUSED_SCE_STRING_(name) #name
+#define FUSED_SCE_STRING(name) FUSED_SCE_STRING_(name)
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels = {FUSED_SCE_STRING(FUSED_SCE_ISA), chunks, rows};
+
+}  // namespace fused_sce::cpu::FUSED_SCE_ISA

@@ -1,0 +1,73 @@
+// What the op layer hands to a kernel: plain data, the same for CPU and CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace fused_sce {
+
+// Dimensions after neighbours were merged; the op layer copies operands that would need more.
+constexpr int kMaxDims = 6;
+
+// One input, already broadcast to the shape of the logits. Strides are in elements, 0 where it is broadcast.
+struct Operand {
+  const void* data = nullptr;  // null: absent
+  DType dtype = DType::Float32;
+  bool contiguous = false;  // element i of the problem is data[i]; strides are then not read
+  int64_t strides[kMaxDims] = {};
+
+  FUSED_SCE_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+};
+
+// One output, contiguous.
+struct Result {
+  void* data = nullptr;  // null: not wanted
+  DType dtype = DType::Float32;
+
+  FUSED_SCE_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+};
+
+// A loss over `numel` elements in row-major order of `sizes`. Which results are set says what to compute:
+//   loss:     the loss of each element (reduction "none");
+//   gradient: d loss / d logits of each element, divided by `divisor`, times `upstream` where present;
+// A sum is asked of the reducing entry points, which write what they add up elsewhere.
+struct Problem {
+  int64_t numel = 0;
+  int ndim = 1;  // at least 1
+  int64_t sizes[kMaxDims] = {};
+
+  Operand logits;
+  Operand target;
+  Operand weight;
+  Operand pos_weight;
+  Operand upstream;
+  double divisor = 1.0;
+
+  bool in_double = false;  // computed in double instead of float
+  Result loss;
+  Result gradient;
+};
+
+// 1 / divisor in two parts: g * upper + g * lower is g / divisor within 1 ULP, for two instructions and no division.
+template <class T>
+FUSED_SCE_INLINE TwoPart<T> reciprocal(double divisor) {
+  const T upper = T(1.0 / divisor);
+  // (1 - upper d) / d is what the upper part leaves of 1 / d. Once per problem, so a software fma is good enough.
+  const T lower = T(std::fma(-double(upper), divisor, 1.0) / divisor);
+  return {upper, lower};
+}
+
+// The storage position of element `index` of a strided operand.
+FUSED_SCE_INLINE int64_t offset_of(const Problem& problem, const Operand& operand, int64_t index) {
+  int64_t offset = 0;
+  for (int dim = problem.ndim - 1; dim > 0; --dim) {
+    const int64_t size = problem.sizes[dim];
+    const int64_t outer = index / size;
+    offset += (index - outer * size) * operand.strides[dim];
+    index = outer;
+  }
+  return offset + index * operand.strides[0];
+}
+
+}  // namespace fused_sce

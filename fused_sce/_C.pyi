@@ -1,0 +1,6 @@
+compiler: str
+cuda_version: str
+cuda_archs: str
+
+def available_isas() -> str: ...
+def isa() -> str: ...

@@ -1,0 +1,29 @@
+"""Sigmoid cross-entropy for multi-label models, fused in C++ and CUDA, right for every float.
+
+A drop-in for `torch.nn.BCEWithLogitsLoss` and `torch.nn.MultiLabelSoftMarginLoss`: import them from here. The same
+functions in plain torch are in `fused_sce.reference`.
+"""
+
+from fused_sce import _extension as _extension  # first: loads and checks what the rest calls
+from fused_sce import _fake as _fake
+from fused_sce import functional, reference
+from fused_sce.heads import MultiClassHead, MultiLabelHead, replace_head
+from fused_sce.losses import (
+    BCEWithLogitsLoss,
+    MultiLabelSoftMarginLoss,
+    SigmoidCrossEntropyLoss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BCEWithLogitsLoss",
+    "MultiClassHead",
+    "MultiLabelHead",
+    "MultiLabelSoftMarginLoss",
+    "SigmoidCrossEntropyLoss",
+    "__version__",
+    "functional",
+    "reference",
+    "replace_head",
+]

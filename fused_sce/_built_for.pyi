@@ -1,0 +1,3 @@
+TORCH_VERSION: str
+TORCH_CUDA_VERSION: str | None
+WITH_CUDA: bool

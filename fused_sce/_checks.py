@@ -1,0 +1,93 @@
+"""What every loss asks of its arguments, in one place: the errors are the same eager, compiled and transformed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> None:
+    """Check the tensors of a loss against each other.
+
+    Raises:
+        TypeError: An argument is no tensor, `input` is not floating point, or another one is complex.
+        ValueError: `target` has another shape than `input`.
+        RuntimeError: `weight` or `pos_weight` does not broadcast to `input`'s shape, or a tensor is on another device.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if not input.is_floating_point():
+        raise TypeError(
+            f"input must hold floating-point logits, got dtype {input.dtype}"
+            + (": did input and target change places?" if target.is_floating_point() else "")
+        )
+    if target.shape != input.shape:
+        raise ValueError(
+            f"Target size ({target.shape}) must be the same as input size ({input.shape})" + shape_hint(input, target)
+        )
+    if target.is_complex():
+        raise TypeError(f"target must be real, got dtype {target.dtype}")
+    if target.device != input.device:
+        check_device("target", target, input)
+    if weight is not None:
+        check_factor("weight", weight, input)
+    if pos_weight is not None:
+        check_factor("pos_weight", pos_weight, input)
+
+
+def shape_hint(input: Tensor, target: Tensor) -> str:
+    """What the shapes look like a mistake of, as the end of an error message."""
+    class_indices = (
+        input.dim() == 2 and target.shape in (input.shape[:1], (*input.shape[:1], 1)) and not target.is_floating_point()
+    )
+    if class_indices:
+        return (
+            f". A target of {input.shape[0]} class indices met {input.shape[0]} rows of {input.shape[1]} logits: "
+            "a multi-label target holds one 0 or 1 for each logit. For class indices use "
+            f"torch.nn.functional.one_hot(target, {input.shape[1]}), or torch.nn.CrossEntropyLoss if each sample has "
+            "exactly one class"
+        )
+    if target.numel() == input.numel():
+        return (
+            f". Both have {input.numel()} elements: reshape the one whose dimensions are wrong, "
+            "for example logits.squeeze(-1)"
+        )
+    return ""
+
+
+def check_factor(name: str, factor: Tensor, input: Tensor) -> None:
+    """Check that `weight` or `pos_weight` can multiply a tensor of `input`'s shape in place."""
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
+    if factor.is_complex():
+        raise TypeError(f"{name} must be real, got dtype {factor.dtype}")
+    missing = input.dim() - factor.dim()
+    fits = missing >= 0 and all(
+        own in (1, of_input) for own, of_input in zip(factor.shape, input.shape[max(missing, 0) :], strict=False)
+    )
+    if not fits:
+        raise RuntimeError(
+            f"{name} of shape {tuple(factor.shape)} does not broadcast to input's shape {tuple(input.shape)}"
+        )
+    if factor.device != input.device:
+        check_device(name, factor, input)
+
+
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Check that a tensor lies where the logits do; a scalar tensor may stay on the CPU, as elsewhere in torch."""
+    if not (tensor.dim() == 0 and tensor.device.type == "cpu"):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but input is on {input.device} and {name} is on "
+            f"{tensor.device}"
+        )
+
+
+def check_reduction(reduction: str, allowed: tuple[str, ...] = ("mean", "sum", "none")) -> None:
+    """Check a reduction's name.
+
+    Raises:
+        ValueError: It is not one of `allowed`.
+    """
+    if reduction not in allowed:
+        raise ValueError(f"{reduction} is not a valid value for reduction: it must be one of {', '.join(allowed)}")

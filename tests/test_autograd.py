@@ -1,0 +1,246 @@
+"""Gradients: first and second order, every route, and what backward may not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fused_sce
+from fused_sce import functional as F
+
+Loss = Callable[..., Tensor]
+
+
+def losses() -> dict[str, Loss]:
+    """Every reduction of every loss, of (input, target)."""
+    return {
+        **{
+            f"bce {reduction}": lambda x, t, r=reduction, **kw: F.sigmoid_cross_entropy(x, t, reduction=r, **kw)
+            for reduction in ("mean", "sum", "none", "sum_classes")
+        },
+        **{
+            f"soft margin {reduction}": lambda x, t, r=reduction, **kw: F.multilabel_soft_margin_loss(
+                x, t, reduction=r, **kw
+            )
+            for reduction in ("mean", "sum", "none")
+        },
+    }
+
+
+@pytest.fixture(params=list(losses()))
+def loss(request: pytest.FixtureRequest) -> Loss:
+    return losses()[request.param]
+
+
+def sample(device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = torch.randn(4, 5, dtype=dtype, device=device, requires_grad=True)
+    t = torch.rand(4, 5, dtype=dtype, device=device, requires_grad=True)
+    return x, t
+
+
+@pytest.mark.parametrize("weights", ["none", "per label", "strided"])
+def test_gradcheck_and_gradgradcheck(device: str, loss: Loss, weights: str) -> None:
+    x, t = sample(device)
+    options = {}
+    if weights == "per label":
+        options = {"weight": torch.rand(5, dtype=torch.float64, device=device)}
+    elif weights == "strided":
+        options = {"weight": torch.rand(5, 4, dtype=torch.float64, device=device).T}
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return loss(x, t, **options)
+
+    assert torch.autograd.gradcheck(function, (x, t))
+    assert torch.autograd.gradgradcheck(function, (x, t))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_with_pos_weight(device: str, reduction: str) -> None:
+    x, t = sample(device)
+    pos_weight = torch.rand(4, 1, dtype=torch.float64, device=device) + 1
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return F.sigmoid_cross_entropy(x, t, pos_weight=pos_weight, reduction=reduction)
+
+    assert torch.autograd.gradcheck(function, (x, t))
+    assert torch.autograd.gradgradcheck(function, (x, t))
+
+
+def test_gradient_by_weights(device: str) -> None:
+    # torch refuses these for BCEWithLogitsLoss and has them for MultiLabelSoftMarginLoss
+    x, t = sample(device)
+    weight = torch.rand(5, dtype=torch.float64, device=device, requires_grad=True)
+    pos_weight = torch.rand(5, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, t, w, p: F.sigmoid_cross_entropy(x, t, weight=w, pos_weight=p),
+        (x, t, weight, pos_weight),
+    )
+    assert torch.autograd.gradcheck(F.multilabel_soft_margin_loss, (x, t, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_retained_graph_gives_the_same_gradient_again(device: str, loss: Loss, dtype: torch.dtype) -> None:
+    x, t = sample(device, dtype)
+    value = loss(x, t)
+    upstream = torch.full_like(value, 3.0)
+    # 3, 1 and 3 again: neither the order nor the first backward's scaling may show
+    first, plain, again = (
+        torch.autograd.grad(value, x, factor, retain_graph=True)[0]
+        for factor in (upstream, torch.ones_like(value), upstream)
+    )
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(first, again, rtol=tolerance, atol=0)
+    torch.testing.assert_close(first, 3 * plain, rtol=tolerance, atol=0)
+
+
+def test_changing_a_gradient_does_not_change_the_next(device: str, loss: Loss) -> None:
+    x, t = sample(device, torch.float32)
+    value = loss(x, t)
+    (first,) = torch.autograd.grad(value, x, torch.ones_like(value), retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(value, x, torch.ones_like(value))
+    torch.testing.assert_close(second, kept, rtol=1e-6, atol=0)
+
+
+def test_second_backward_without_retaining_is_an_error(loss: Loss) -> None:
+    x, t = sample()
+    value = loss(x, t).sum()
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+def test_gradients_accumulate(device: str) -> None:
+    x, t = sample(device, torch.float32)
+    F.binary_cross_entropy_with_logits(x, t).backward()
+    assert x.grad is not None
+    once = x.grad.clone()
+    F.binary_cross_entropy_with_logits(x, t).backward()
+    torch.testing.assert_close(x.grad, 2 * once)
+
+
+def test_inputs_are_left_alone(device: str, loss: Loss) -> None:
+    x, t = sample(device, torch.float32)
+    before = x.detach().clone(), t.detach().clone()
+    loss(x, t).sum().backward()
+    assert torch.equal(x, before[0])
+    assert torch.equal(t, before[1])
+
+
+def test_changed_input_is_noticed(loss: Loss) -> None:
+    x, t = sample(dtype=torch.float32)
+    logits = x * 1
+    value = loss(logits, t).sum()
+    logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_no_graph_where_none_is_wanted(loss: Loss) -> None:
+    x, t = sample()
+    assert loss(x, t).requires_grad
+    assert not loss(x.detach(), t.detach()).requires_grad
+    with torch.no_grad():
+        assert not loss(x, t).requires_grad
+    with torch.inference_mode():
+        assert loss(x, t).is_inference()
+
+
+def test_only_the_wanted_gradient_is_made(loss: Loss) -> None:
+    x, t = sample()
+    loss(x.detach(), t).sum().backward()
+    assert x.grad is None
+    assert t.grad is not None
+    t.grad = None
+    loss(x, t.detach()).sum().backward()
+    assert t.grad is None
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes of each allocation that `call` makes on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    found = []
+    events = list(profile.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            found.append(event.extra_fields.alloc_size)
+    return [size for size in found if size > 0]
+
+
+@pytest.mark.parametrize("function", [fused_sce.BCEWithLogitsLoss(), fused_sce.MultiLabelSoftMarginLoss()])
+def test_memory_is_the_gradient_and_nothing_else(function: torch.nn.Module) -> None:
+    x = torch.randn(256, 1000, requires_grad=True)
+    t = torch.rand(256, 1000)
+    size = x.numel() * x.element_size()
+    large = [each for each in allocations(lambda: function(x, t).backward()) if each > 4096]
+    assert large == [size]
+    x.grad = None
+    with torch.no_grad():
+        assert [each for each in allocations(lambda: function(x, t)) if each > 4096] == []
+
+
+def test_float16_gradients_survive_a_large_divisor(device: str) -> None:
+    # 1e-6 / 4096 is below float16's smallest number: dividing before the scaler's factor would lose every gradient.
+    x = torch.full((64, 64), -13.8, dtype=torch.float16, device=device, requires_grad=True)
+    t = torch.zeros(64, 64, device=device)
+    scale = 65536.0
+    (F.binary_cross_entropy_with_logits(x, t) * scale).backward()
+    expected = torch.sigmoid(x.detach().double()) / x.numel() * scale
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected.half(), rtol=0, atol=0)
+
+
+def test_forward_mode(device: str, loss: Loss) -> None:
+    x, t = sample(device)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        value = loss(forward_ad.make_dual(x.detach(), tangent), t.detach())
+        got = forward_ad.unpack_dual(value).tangent
+    assert got is not None
+    # the derivative along the tangent, by central differences
+    step = 1e-6
+    ahead, behind = loss(x + step * tangent, t), loss(x - step * tangent, t)
+    torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_torch_func_transforms(device: str, loss: Loss) -> None:
+    x, t = sample(device)
+    x, t = x.detach(), t.detach()
+
+    def total(x: Tensor, t: Tensor) -> Tensor:
+        return loss(x, t).sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(leaf, t), leaf)
+    torch.testing.assert_close(torch.func.grad(total)(x, t), expected)
+
+    batched = torch.func.vmap(loss)(torch.stack([x, 2 * x]), torch.stack([t, t]))
+    torch.testing.assert_close(batched, torch.stack([loss(x, t), loss(2 * x, t)]))
+
+    hessian = torch.func.hessian(total)(x, t)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda x: total(x, t), x))
+
+
+def test_saved_tensor_hooks_and_checkpointing(device: str, loss: Loss) -> None:
+    x, t = sample(device)
+    (expected,) = torch.autograd.grad(loss(x, t).sum(), x)
+    recomputed = torch.utils.checkpoint.checkpoint(loss, x, t, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(recomputed.sum(), x)[0], expected)
+    with torch.autograd.graph.save_on_cpu():
+        value = loss(x, t)
+    assert torch.equal(torch.autograd.grad(value.sum(), x)[0], expected)
+
+
+def test_anomaly_mode(loss: Loss) -> None:
+    x, t = sample()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss(x, t).sum().backward()
+    assert x.grad is not None

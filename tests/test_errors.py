@@ -1,0 +1,143 @@
+"""What bad input gets: an error that names the argument and what came, the same on every route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_sce
+from fused_sce import functional as F
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "bce": F.binary_cross_entropy_with_logits,
+    "soft margin": F.multilabel_soft_margin_loss,
+    "sigmoid cross-entropy": F.sigmoid_cross_entropy,
+}
+
+
+@pytest.fixture(params=list(FUNCTIONS))
+def function(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    return FUNCTIONS[request.param]
+
+
+@pytest.fixture(params=["eager", "compiled", "transformed"])
+def route(request: pytest.FixtureRequest) -> Callable[..., Callable[..., Tensor]]:
+    """How the loss is reached; each wraps a function of (input, target)."""
+    if request.param == "compiled":
+        return lambda call: torch.compile(call, backend="eager")
+    if request.param == "transformed":
+        return lambda call: lambda x, t: torch.func.vmap(call)(x[None], t[None])
+    return lambda call: call
+
+
+def test_shapes_that_differ(function: Callable[..., Tensor], route: Callable[..., Callable[..., Tensor]]) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"Target size \(torch.Size\(\[3, 5\]\)\) must be the same as input size \(torch.Size\(\[3, 4\]\)\)",
+    ):
+        route(function)(torch.randn(3, 4), torch.rand(3, 5))
+
+
+def test_broadcastable_shapes_differ_too(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="must be the same as input size"):
+        function(torch.randn(3, 4), torch.rand(4))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_class_indices_get_a_hint(function: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"5 class indices met 5 rows of 4 logits.*one_hot\(target, 4\)"):
+        function(torch.randn(5, 4), torch.randint(0, 4, shape))
+
+
+def test_missing_squeeze_gets_a_hint(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"Both have 5 elements.*squeeze\(-1\)"):
+        function(torch.randn(5, 1), torch.rand(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_logits_must_be_floating_point(
+    function: Callable[..., Tensor],
+    dtype: torch.dtype,
+    route: Callable[..., Callable[..., Tensor]],
+) -> None:
+    with pytest.raises(TypeError, match=f"input must hold floating-point logits, got dtype {dtype}"):
+        route(function)(torch.ones(3, 4, dtype=dtype), torch.rand(3, 4))
+
+
+def test_swapped_arguments_get_a_hint(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(TypeError, match="did input and target change places"):
+        function(torch.ones(3, 4, dtype=torch.int64), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("name", ["target", "weight"])
+def test_complex_is_refused(function: Callable[..., Tensor], name: str) -> None:
+    arguments = {"target": torch.rand(3, 4), "weight": torch.rand(4)}
+    arguments[name] = arguments[name].to(torch.complex64)
+    with pytest.raises(TypeError, match=f"{name} must be real, got dtype torch.complex64"):
+        function(torch.randn(3, 4), **arguments)
+
+
+@pytest.mark.parametrize("name", ["input", "target", "weight"])
+def test_no_tensor(function: Callable[..., Tensor], name: str) -> None:
+    arguments: dict[str, object] = {
+        "input": torch.randn(3, 4),
+        "target": torch.rand(3, 4),
+        "weight": torch.rand(4),
+    }
+    arguments[name] = [1.0, 0.0]
+    with pytest.raises(TypeError, match=f"{name} must be a tensor.*, got list"):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3,), (2, 3, 4), (1, 3, 4), (4, 1)])
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_that_do_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
+    message = rf"^{name} of shape \({', '.join(map(str, shape))},?\) does not broadcast to input's shape \(3, 4\)"
+    with pytest.raises(RuntimeError, match=message):
+        F.sigmoid_cross_entropy(torch.randn(3, 4), torch.rand(3, 4), **{name: torch.rand(shape)})
+    if name == "weight":
+        with pytest.raises(RuntimeError, match=message):
+            F.multilabel_soft_margin_loss(torch.randn(3, 4), torch.rand(3, 4), torch.rand(shape))
+
+
+@pytest.mark.parametrize("name", ["target", "weight"])
+def test_tensors_on_different_devices(function: Callable[..., Tensor], name: str) -> None:
+    arguments = {"target": torch.rand(3, 4), "weight": torch.rand(4)}
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(RuntimeError, match=f"input is on cpu and {name} is on meta"):
+        function(torch.randn(3, 4), **arguments)
+
+
+@pytest.mark.parametrize("reduction", ["average", "Mean", ""])
+def test_unknown_reduction(function: Callable[..., Tensor], reduction: str) -> None:
+    with pytest.raises(ValueError, match=f"^{reduction} is not a valid value for reduction: .*mean, sum, none"):
+        function(torch.randn(3, 4), torch.rand(3, 4), reduction=reduction)
+
+
+def test_reductions_of_other_losses() -> None:
+    with pytest.raises(ValueError, match="sum_classes is not a valid value"):
+        F.binary_cross_entropy_with_logits(torch.randn(3), torch.rand(3), reduction="sum_classes")
+    with pytest.raises(ValueError, match="average is not a valid value"):
+        fused_sce.SigmoidCrossEntropyLoss(reduction="average")
+
+
+def test_scalar_where_labels_are_needed() -> None:
+    x, t = torch.randn(()), torch.rand(())
+    with pytest.raises(ValueError, match="input is a scalar"):
+        F.sigmoid_cross_entropy(x, t, reduction="sum_classes")
+    with pytest.raises(IndexError, match="it is a scalar"):
+        F.multilabel_soft_margin_loss(x, t)
+
+
+def test_nothing_is_changed_by_a_refused_call() -> None:
+    loss = fused_sce.BCEWithLogitsLoss(pos_weight=torch.rand(4))
+    x = torch.randn(3, 5, requires_grad=True)
+    before = x.detach().clone(), loss.pos_weight
+    with pytest.raises(RuntimeError):
+        loss(x, torch.rand(3, 5))
+    assert torch.equal(x, before[0])
+    assert x.grad is None
+    assert loss.pos_weight is before[1]

@@ -1,0 +1,164 @@
+"""The dispatcher ops: registration, compilation, autocast, meta tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_sce
+from fused_sce import functional as F
+
+ops = torch.ops.fused_sce
+
+
+def arguments(op: str, device: str, dtype: torch.dtype, weighted: bool) -> tuple[Any, ...]:
+    x = torch.randn(6, 9, device=device, dtype=dtype)
+    t = torch.rand(6, 9, device=device, dtype=dtype)
+    weight = torch.rand(9, device=device, dtype=dtype) if weighted else None
+    pos_weight = torch.rand(6, 1, device=device, dtype=dtype) if weighted else None
+    if op == "_scale_":
+        return x, torch.tensor(3.0, device=device)
+    if op == "_sigmoid_cross_entropy_backward":
+        return torch.rand((), device=device, dtype=dtype), x, t, weight, pos_weight, 54
+    if op == "_sigmoid_cross_entropy_sum_with_gradient":
+        return x, t, weight, pos_weight, 54, None
+    leaf = x.requires_grad_()
+    if op == "sigmoid_cross_entropy":
+        return leaf, t, weight, pos_weight
+    return leaf, t, weight, pos_weight, 9
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "sigmoid_cross_entropy",
+        "sigmoid_cross_entropy_rows",
+        "sigmoid_cross_entropy_sum",
+        "_sigmoid_cross_entropy_sum_with_gradient",
+        "_sigmoid_cross_entropy_backward",
+        "_scale_",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck(device: str, op: str, dtype: torch.dtype, weighted: bool) -> None:
+    args = arguments(op, device, dtype, weighted)
+    torch.library.opcheck(getattr(ops, op).default, args)
+    # opcheck passes an op without any autograd, so:
+    if not op.startswith("_"):
+        out = getattr(ops, op)(*args)
+        (gradient,) = torch.autograd.grad(out.float().sum(), args[0])
+        assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sum_classes"])
+def test_whole_graph_compiles(reduction: str) -> None:
+    pos_weight = torch.rand(80)
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return F.sigmoid_cross_entropy(x * 2, t, pos_weight=pos_weight, reduction=reduction)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 5, 8):
+        x = torch.randn(rows, 80, requires_grad=True)
+        t = torch.rand(rows, 80)
+        eager, traced = step(x, t), compiled(x, t)
+        torch.testing.assert_close(traced, eager)
+        upstream = torch.full_like(eager, 1.5)
+        torch.testing.assert_close(torch.autograd.grad(traced, x, upstream), torch.autograd.grad(eager, x, upstream))
+
+
+def test_batch_size_does_not_recompile() -> None:
+    compiles = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal compiles
+        compiles += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(F.binary_cross_entropy_with_logits, backend=backend, dynamic=True)
+    for rows in (3, 5, 8, 13):
+        compiled(torch.randn(rows, 80), torch.rand(rows, 80))
+    assert compiles == 1
+
+
+def test_compiled_autograd_traces_through() -> None:
+    x = torch.randn(4, 7, requires_grad=True)
+    t = torch.rand(4, 7)
+    (expected,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(x, t), x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        F.binary_cross_entropy_with_logits(x, t).backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_reads_the_logits_as_they_are(device: str, dtype: torch.dtype) -> None:
+    x = torch.randn(8, 10, device=device, dtype=dtype, requires_grad=True)
+    t = torch.randint(0, 2, (8, 10), device=device)
+    with torch.autocast(device, dtype=dtype):
+        for loss in (
+            F.binary_cross_entropy_with_logits(x, t.float()),
+            F.binary_cross_entropy_with_logits(x, t.to(dtype), reduction="none"),
+            F.binary_cross_entropy_with_logits(x, t.bool()),
+            F.multilabel_soft_margin_loss(x, t.to(dtype)),
+            F.multilabel_soft_margin_loss(x, t, reduction="none"),
+        ):
+            assert loss.dtype == torch.float32
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            assert gradient.dtype == dtype
+        assert F.binary_cross_entropy_with_logits(x, t.double()).dtype == torch.float64
+    exact = F.binary_cross_entropy_with_logits(x.float(), t.float())
+    with torch.autocast(device, dtype=dtype):
+        assert torch.equal(F.binary_cross_entropy_with_logits(x, t), exact)
+
+
+def test_autocast_through_the_reference() -> None:
+    x, t = torch.randn(3, 4, dtype=torch.bfloat16), torch.rand(3, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        batched = torch.func.vmap(F.binary_cross_entropy_with_logits)(x, t)
+    assert batched.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_meta_tensors(reduction: str) -> None:
+    x = torch.empty(4, 5, device="meta", requires_grad=True)
+    t = torch.empty(4, 5, device="meta", dtype=torch.bool)
+    loss = F.binary_cross_entropy_with_logits(x, t, reduction=reduction)
+    assert loss.is_meta
+    assert loss.shape == ((4, 5) if reduction == "none" else ())
+    loss.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (4, 5)
+
+
+def test_direct_call_refuses_a_weight_that_wants_a_gradient() -> None:
+    x, weight = torch.randn(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradient by weight"):
+        ops.sigmoid_cross_entropy_sum(x, x.detach(), weight)
+
+
+def test_direct_call_is_checked_too() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="must be the same as input size"):
+        ops.sigmoid_cross_entropy_sum(x, torch.rand(3, 5))
+    with pytest.raises(RuntimeError, match=r"weight of shape \[3\] does not broadcast"):
+        ops.sigmoid_cross_entropy_sum(x, torch.rand(3, 4), torch.rand(3))
+    with pytest.raises(TypeError, match="input must be floating point"):
+        ops.sigmoid_cross_entropy_sum(x.long(), torch.rand(3, 4))
+    with pytest.raises(TypeError, match="target has dtype ComplexFloat"):
+        ops.sigmoid_cross_entropy_sum(x, torch.rand(3, 4).to(torch.complex64))
+
+
+def test_device_without_kernels_says_so_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a CUDA tensor with a CPU-only build: here the CPU plays the device without kernels
+    monkeypatch.setattr(F, "_KERNEL_DEVICES", ())
+    F._lacks_kernels.cache_clear()
+    x, t = torch.randn(3, 4), torch.rand(3, 4)
+    with pytest.warns(UserWarning, match="right but not fused"):
+        loss = fused_sce.BCEWithLogitsLoss()(x, t)
+    torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(x, t))
+    F._lacks_kernels.cache_clear()
