@@ -22,7 +22,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-	$(BIN)/pip install --quiet --no-build-isolation --config-settings editable_mode=compat -e '.[examples,bench,test,dev]'
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[examples,bench,test,dev]'
 	$(BIN)/python -m fused_sce
 	touch $@
 

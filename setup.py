@@ -27,7 +27,8 @@ DEFAULT_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"
 # because math.h writes every fused multiply-add that may be one, so that results do not depend on the compiler.
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 # --fmad=false for the same reason; no fast-math, ever: it flushes subnormals and loses tails.
-NVCC_FLAGS = ["-O3", "--fmad=false", "--threads=2"]
+# A host function called on the device is an error: nvcc would only warn and compile the kernel to nothing.
+NVCC_FLAGS = ["-O3", "--fmad=false", "--threads=2", "-Werror=cross-execution-space-call"]
 
 
 def cuda_home() -> Path | None:

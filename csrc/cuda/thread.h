@@ -28,7 +28,6 @@ namespace fused_sce::cuda {
 // What a launch is for.
 enum class Job { Loss, Gradient, Sum, SumAndGradient };
 
-FUSED_SCE_INLINE constexpr bool makes_loss(Job job) { return job != Job::Gradient; }
 FUSED_SCE_INLINE constexpr bool makes_gradient(Job job) { return job == Job::Gradient || job == Job::SumAndGradient; }
 FUSED_SCE_INLINE constexpr bool makes_sum(Job job) { return job == Job::Sum || job == Job::SumAndGradient; }
 

@@ -1,0 +1,643 @@
+// The CUDA kernels without a GPU: runs csrc/cuda/thread.h for every thread of a grid on the CPU and compares with the
+// CPU kernels, element results bit for bit. tests/test_cuda_threads.py compiles and runs it; exit status 0 is success.
+//
+// Arrays end where their allocation ends, so that with -fsanitize=address a read or write past an operand is an error,
+// and with -fsanitize=undefined so is a wide load from an address that is not aligned for it.
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cuda/thread.h"
+
+using namespace fused_sce;
+using cuda::Job;
+using cuda::kThreads;
+using cuda::Share;
+
+namespace {
+
+constexpr DType kAllTypes[] = {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16, DType::Bool,
+                               DType::UInt8,   DType::Int8,    DType::Int16,    DType::Int32,   DType::Int64};
+constexpr DType kFloatTypes[] = {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16};
+constexpr Job kJobs[] = {Job::Loss, Job::Gradient, Job::Sum, Job::SumAndGradient};
+
+const char* name_of(DType dtype) {
+  static const char* const names[] = {"float32", "float64", "bfloat16", "float16", "bool",
+                                      "uint8",   "int8",    "int16",    "int32",   "int64"};
+  return names[int(dtype)];
+}
+const char* name_of(Job job) {
+  static const char* const names[] = {"loss", "gradient", "sum", "sum and gradient"};
+  return names[int(job)];
+}
+
+int failures = 0;
+int64_t checks = 0;
+
+__attribute__((format(printf, 2, 3))) void expect(bool good, const char* format, ...) {
+  ++checks;
+  if (good || ++failures > 20) return;
+  va_list arguments;
+  va_start(arguments, format);
+  std::printf("FAILED: ");
+  std::vprintf(format, arguments);
+  std::printf("\n");
+  va_end(arguments);
+}
+
+size_t size_of(DType dtype) {
+  size_t size = 0;
+  visit(dtype, [&](auto tag) { size = sizeof(tag); });
+  return size;
+}
+
+template <class To>
+To stored(double value) {
+  return To(value);
+}
+template <>
+BFloat16 stored(double value) {
+  return to_bfloat16(float(value));
+}
+template <>
+Float16 stored(double value) {
+  return to_float16(float(value));
+}
+template <>
+Bool stored(double value) {
+  return {uint8_t(value != 0.0)};
+}
+
+// `length` elements of a type that begin `shift` elements behind an aligned address and end with the allocation.
+class Array {
+ public:
+  Array(DType dtype, int64_t length, int64_t shift = 0)
+      : dtype_(dtype),
+        length_(length),
+        bytes_((length + shift) * size_of(dtype)),
+        data_(static_cast<char*>(std::malloc(bytes_ ? bytes_ : 1))),
+        start_(data_ + shift * size_of(dtype)) {
+    poison();
+  }
+  Array(const Array&) = delete;
+  ~Array() { std::free(data_); }
+
+  // A NaN of each type that no computation gives.
+  void poison() { std::memset(data_, 0xfb, bytes_); }
+
+  void set(int64_t i, double value) {
+    visit(dtype_, [&](auto tag) { static_cast<decltype(tag)*>(data())[i] = stored<decltype(tag)>(value); });
+  }
+  double get(int64_t i) const {
+    double value = 0.0;
+    visit(dtype_, [&](auto tag) { value = load_as<double>(static_cast<const decltype(tag)*>(data())[i]); });
+    return value;
+  }
+  bool is_poison(int64_t i) const {
+    const unsigned char* bytes = static_cast<unsigned char*>(data()) + i * size_of(dtype_);
+    for (size_t k = 0; k < size_of(dtype_); ++k) {
+      if (bytes[k] != 0xfb) return false;
+    }
+    return true;
+  }
+  // Equal bits, or both NaN: which NaN is not specified.
+  bool same(const Array& other, int64_t i) const {
+    const size_t size = size_of(dtype_);
+    if (!std::memcmp(static_cast<char*>(data()) + i * size, static_cast<char*>(other.data()) + i * size, size)) {
+      return true;
+    }
+    return std::isnan(get(i)) && std::isnan(other.get(i));
+  }
+
+  void* data() const { return start_; }
+  DType dtype() const { return dtype_; }
+  int64_t length() const { return length_; }
+  Result result() { return {start_, dtype_}; }
+  Operand contiguous() const {
+    Operand operand;
+    operand.data = start_;
+    operand.dtype = dtype_;
+    operand.contiguous = true;
+    return operand;
+  }
+  Operand strided(std::initializer_list<int64_t> strides) const {
+    Operand operand = contiguous();
+    operand.contiguous = false;
+    int dim = 0;
+    for (int64_t stride : strides) operand.strides[dim++] = stride;
+    return operand;
+  }
+
+ private:
+  DType dtype_;
+  int64_t length_;
+  size_t bytes_;
+  char* data_;
+  char* start_;
+};
+
+std::mt19937_64 random_bits(20240607);
+
+double random_between(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(random_bits);
+}
+
+// Mostly ordinary logits, every eighth one extreme. NaN and infinities only if asked for: they would make every sum
+// NaN.
+void fill_logits(Array& array, bool finite = false) {
+  static const double extremes[] = {0.0, -0.0, 17.5, -17.5, 88.7, -88.7, 103.9, -103.97, 1e-40, 2e4, -2e4, 65504.0};
+  static const double special[] = {INFINITY, -INFINITY, NAN, 3e38, -3e38};
+  for (int64_t i = 0; i < array.length(); ++i) {
+    double value = random_between(-20.0, 20.0);
+    if (random_bits() % 8 == 0) value = extremes[random_bits() % 12];
+    if (!finite && random_bits() % 64 == 0) value = special[random_bits() % 5];
+    array.set(i, value);
+  }
+}
+
+void fill_target(Array& array) {
+  for (int64_t i = 0; i < array.length(); ++i) {
+    array.set(i, random_bits() % 3 ? double(random_bits() % 2) : random_between(0.0, 1.0));
+  }
+}
+
+void fill_weight(Array& array) {
+  for (int64_t i = 0; i < array.length(); ++i) array.set(i, random_between(0.0, 5.0));
+}
+
+// What thread `share.thread` of a launch does.
+double run_thread(const Problem& problem, Job job, Share share) {
+  double sum = 0.0;
+  cuda::choose_access(problem, [&](auto access, const Problem& accessed) {
+    using Access = decltype(access);
+    const auto scale = reciprocal<typename Access::T>(problem.divisor);
+    switch (job) {
+      case Job::Loss: sum = Access::template run<Job::Loss>(accessed, scale, share); break;
+      case Job::Gradient: sum = Access::template run<Job::Gradient>(accessed, scale, share); break;
+      case Job::Sum: sum = Access::template run<Job::Sum>(accessed, scale, share); break;
+      case Job::SumAndGradient: sum = Access::template run<Job::SumAndGradient>(accessed, scale, share); break;
+    }
+  });
+  return sum;
+}
+
+// The sums of all threads of a grid of `blocks`, run one after the other.
+std::vector<double> run_grid(const Problem& problem, Job job, int blocks) {
+  std::vector<double> sums(size_t(blocks) * kThreads);
+  for (size_t thread = 0; thread < sums.size(); ++thread) {
+    sums[thread] = run_thread(problem, job, {0, problem.numel, int64_t(thread), int64_t(sums.size())});
+  }
+  return sums;
+}
+
+double total_of(const std::vector<double>& sums) { return cpu::add_pairwise(sums.data(), int64_t(sums.size())); }
+
+// The CPU kernels' results of a problem; returns the sum of the losses.
+double run_reference(const Problem& problem) {
+  std::vector<double> partial_sums(cpu::num_chunks(problem.numel));
+  cpu::kernels().chunks(problem, 0, int64_t(partial_sums.size()), partial_sums.data());
+  return cpu::add_pairwise(partial_sums.data(), int64_t(partial_sums.size()));
+}
+
+bool close(double a, double b, double relative) {
+  return a == b || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= relative * std::fabs(b);
+}
+
+void expect_same(const Array& got, const Array& want, const std::string& what) {
+  int64_t wrong = 0;
+  int64_t first = -1;
+  for (int64_t i = 0; i < want.length(); ++i) {
+    if (got.same(want, i)) continue;
+    if (!wrong++) first = i;
+  }
+  expect(
+      wrong == 0, "%s: %lld of %lld differ, first at %lld: got %.17g, want %.17g%s", what.c_str(), (long long)wrong,
+      (long long)want.length(), (long long)first, first < 0 ? 0.0 : got.get(first), first < 0 ? 0.0 : want.get(first),
+      first >= 0 && got.is_poison(first) ? " (never written)" : "");
+}
+
+// Does `job` with every thread of a grid (of the launch's size unless `blocks` is given) and compares with the CPU.
+// `problem` has no results yet; they are of type `result`, `shift` elements behind an aligned address.
+void check_job(Problem problem, Job job, DType result, int64_t shift, const std::string& what, int blocks = 0) {
+  const int64_t numel = problem.numel;
+  const std::string title = what + ", " + name_of(job) + " as " + name_of(result);
+  Array got(result, numel, shift);
+  Array want(result, numel);
+  const bool writes = job != Job::Sum;
+
+  Problem reference = problem;
+  (job == Job::Loss ? reference.loss : reference.gradient) = writes ? want.result() : Result{};
+  const double sum = run_reference(reference);
+
+  (job == Job::Loss ? problem.loss : problem.gradient) = writes ? got.result() : Result{};
+  const std::vector<double> sums = run_grid(problem, job, blocks ? blocks : cuda::num_blocks(problem));
+  if (writes) expect_same(got, want, title);
+  if (cuda::makes_sum(job)) {
+    expect(close(total_of(sums), sum, 1e-14), "%s: sum %.17g, want %.17g", title.c_str(), total_of(sums), sum);
+  }
+}
+
+std::string describe(const char* what, const Problem& problem) {
+  return std::string(what) + ", " + name_of(problem.logits.dtype) + " logits, " + name_of(problem.target.dtype) +
+         " target, " + std::to_string(problem.numel) + " elements";
+}
+
+Problem problem_of(int64_t numel, const Operand& logits, const Operand& target) {
+  Problem problem;
+  problem.numel = numel;
+  problem.sizes[0] = numel;
+  problem.logits = logits;
+  problem.target = target;
+  problem.in_double = logits.dtype == DType::Float64 || target.dtype == DType::Float64;
+  problem.divisor = double(numel ? numel : 1) * 3.0;
+  return problem;
+}
+
+void test_launch() {
+  expect(cuda::num_blocks(0, kThreads) == 1, "no work must still launch a block, to write the sum");
+  for (int group : {2, 4, 8}) {
+    int before = 0;
+    for (int64_t numel = 1; numel <= (int64_t(1) << 40); numel = numel * 3 / 2 + 1) {
+      const int64_t groups = cuda::divide_up(numel, group);
+      const int blocks = cuda::num_blocks(groups, kThreads);
+      expect((groups - 1) * group < numel && numel <= groups * group, "groups of %lld elements", (long long)numel);
+      expect(1 <= blocks && blocks <= cuda::kMaxBlocks, "%d blocks", blocks);
+      expect(blocks >= before, "a longer problem gets fewer blocks: %lld", (long long)numel);
+      expect(blocks == cuda::kMaxBlocks || int64_t(blocks) * kThreads >= groups, "groups without thread");
+      expect(int64_t(blocks - 1) * kThreads < groups, "a block without work at %lld elements", (long long)numel);
+      before = blocks;
+
+      Problem problem;
+      problem.numel = numel;
+      problem.logits.dtype = group == 2 ? DType::Float64 : group == 4 ? DType::Float32 : DType::Float16;
+      expect(cuda::num_blocks(problem) == blocks, "blocks must follow from length and logits type alone");
+      const int64_t words = cuda::workspace_words(problem);
+      expect(words == (blocks > 1 ? 1 + blocks : 0), "%lld words for %d blocks", (long long)words, blocks);
+      expect(words <= cuda::kMaxWorkspaceWords, "workspace of %lld words", (long long)words);
+
+      const int team = cuda::threads_per_row(numel, group);
+      expect(team == kThreads || (team <= 32 && (team & (team - 1)) == 0), "%d threads for a row", team);
+      expect(kThreads % team == 0, "%d threads for a row", team);
+    }
+  }
+  expect(cuda::threads_per_row(0, 4) == 1, "an empty row has a thread, which writes its sum");
+  expect(cuda::threads_per_row(5, 4) == 2, "five float32 columns are two groups");
+  for (DType dtype : kFloatTypes) {
+    expect(cuda::group_size(dtype) * size_of(dtype) == 16, "a group of %s is one 16-byte load", name_of(dtype));
+  }
+}
+
+// Every type of logits and target, odd lengths, unaligned starts of every operand and result.
+void test_contiguous() {
+  const int64_t lengths[] = {0, 1, 2, 3, 4, 7, 8, 9, 15, 17, 63, 64, 257, 1021};
+  int turn = 0;
+  for (DType logits_type : kFloatTypes) {
+    for (DType target_type : kAllTypes) {
+      for (int64_t numel : lengths) {
+        for (int64_t shift : {0, 1}) {
+          ++turn;
+          Array logits(logits_type, numel, shift);
+          Array target(target_type, numel, turn % 4);
+          Array upstream(kFloatTypes[turn % 4], numel, turn % 3);
+          Array single(kFloatTypes[turn % 4], 1);
+          fill_logits(logits, shift == 0);
+          fill_target(target);
+          fill_weight(upstream);
+          fill_weight(single);
+          Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+          const bool mixed = target_type == DType::Float64 && logits_type != DType::Float64;
+          expect(cuda::is_contiguous(problem) != mixed, "%s: wrong way", describe("contiguous", problem).c_str());
+          for (Job job : kJobs) {
+            const DType result = job == Job::Loss ? kFloatTypes[turn % 4] : turn % 2 ? logits_type : DType::Float32;
+            check_job(problem, job, result, (turn / 2) % 2, describe("contiguous", problem));
+          }
+          problem.upstream = upstream.contiguous();
+          expect(cuda::is_contiguous(problem) != mixed, "%s: wrong way", describe("upstream", problem).c_str());
+          check_job(problem, Job::Gradient, logits_type, 0, describe("contiguous, upstream", problem));
+          problem.upstream = single.strided({0});
+          expect(cuda::is_contiguous(problem) != mixed, "%s: wrong way", describe("single", problem).c_str());
+          check_job(problem, Job::Gradient, logits_type, 0, describe("contiguous, single upstream", problem));
+        }
+      }
+    }
+  }
+}
+
+// Lengths of several blocks, and grids too small for the length, so that threads take several groups.
+void test_grids() {
+  for (DType dtype : kFloatTypes) {
+    for (int64_t numel : {20011, 100003}) {
+      Array logits(dtype, numel);
+      Array target(DType::UInt8, numel);
+      fill_logits(logits, true);
+      fill_target(target);
+      const Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+      for (int blocks : {0, 1, 3}) {
+        check_job(problem, Job::SumAndGradient, dtype, 0, describe("grid", problem), blocks);
+        check_job(problem, Job::Loss, DType::Float32, 0, describe("grid", problem), blocks);
+      }
+    }
+  }
+}
+
+// Each element is written by one thread, once, whatever the alignment.
+void test_written_once() {
+  for (DType dtype : kFloatTypes) {
+    for (bool strided : {false, true}) {
+      for (int64_t shift : {0, 1}) {
+        const int64_t numel = 1543;
+        Array logits(dtype, 2 * numel, shift);
+        Array target(DType::Bool, numel);
+        fill_logits(logits, true);
+        fill_target(target);
+        Problem problem = problem_of(numel, strided ? logits.strided({2}) : logits.contiguous(), target.contiguous());
+        for (Job job : {Job::Loss, Job::Gradient}) {
+          Array result(dtype, numel, shift);
+          (job == Job::Loss ? problem.loss : problem.gradient) = result.result();
+          std::vector<int> writes(numel);
+          const int64_t threads = kThreads * int64_t(2);
+          for (int64_t thread = 0; thread < threads; ++thread) {
+            result.poison();
+            run_thread(problem, job, {0, numel, thread, threads});
+            for (int64_t i = 0; i < numel; ++i) writes[i] += !result.is_poison(i);
+          }
+          for (int64_t i = 0; i < numel; ++i) {
+            expect(
+                writes[i] == 1, "%s, %s: element %lld written %d times", describe("once", problem).c_str(),
+                name_of(job), (long long)i, writes[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Weights of every type, broadcast along rows or columns or neither; logits and target transposed or with gaps.
+void test_strided() {
+  int turn = 0;
+  for (DType logits_type : kFloatTypes) {
+    for (DType weight_type : kAllTypes) {
+      for (int64_t rows : {1, 3, 37}) {
+        for (int64_t columns : {1, 2, 5, 8, 29}) {
+          ++turn;
+          const int64_t numel = rows * columns;
+          const DType target_type = kAllTypes[turn % 10];
+          Array logits(logits_type, numel, turn % 2);
+          Array target(target_type, 2 * numel);
+          Array weight(weight_type, columns);
+          Array row_weight(weight_type, rows);
+          Array pos_weight(kAllTypes[(turn / 3) % 10], numel, turn % 3);
+          Array upstream(kFloatTypes[turn % 4], rows);
+          fill_logits(logits, turn % 2);
+          fill_target(target);
+          for (Array* each : {&weight, &row_weight, &pos_weight, &upstream}) fill_weight(*each);
+
+          Problem problem = problem_of(numel, logits.contiguous(), target.strided({2 * columns, 2}));
+          problem.ndim = 2;
+          problem.sizes[0] = rows;
+          problem.sizes[1] = columns;
+          if (turn % 2) problem.logits = logits.strided({1, rows});
+          if (turn % 3) problem.weight = turn % 3 == 1 ? weight.strided({0, 1}) : row_weight.strided({1, 0});
+          if (turn % 5 < 3) problem.pos_weight = turn % 5 ? pos_weight.contiguous() : pos_weight.strided({0, 1});
+          expect(!cuda::is_contiguous(problem), "%s: wrong way", describe("strided", problem).c_str());
+          for (Job job : kJobs) {
+            check_job(problem, job, kFloatTypes[turn % 4], turn % 2, describe("strided", problem));
+          }
+          problem.upstream = upstream.strided({1, 0});
+          check_job(problem, Job::Gradient, logits_type, 0, describe("strided, upstream by row", problem));
+        }
+      }
+    }
+  }
+}
+
+// Contiguous logits and target, but an upstream gradient for each row: what the gradient of a sum over rows asks for.
+void test_upstream_by_row() {
+  for (DType dtype : kFloatTypes) {
+    Array logits(dtype, 12 * 11);
+    Array target(DType::UInt8, 12 * 11);
+    Array upstream(DType::Float32, 12);
+    fill_logits(logits);
+    fill_target(target);
+    fill_weight(upstream);
+    Problem problem = problem_of(12 * 11, logits.contiguous(), target.contiguous());
+    problem.ndim = 2;
+    problem.sizes[0] = 12;
+    problem.sizes[1] = 11;
+    problem.upstream = upstream.strided({1, 0});
+    expect(!cuda::is_contiguous(problem), "%s: wrong way", describe("upstream by row", problem).c_str());
+    check_job(problem, Job::Gradient, dtype, 0, describe("upstream by row", problem));
+  }
+}
+
+// As many dimensions as there may be, in any order of strides.
+void test_dimensions() {
+  const int64_t sizes[kMaxDims] = {2, 3, 2, 5, 3, 4};
+  for (int shuffle = 0; shuffle < 20; ++shuffle) {
+    int order[kMaxDims] = {0, 1, 2, 3, 4, 5};
+    for (int i = kMaxDims - 1; i > 0; --i) std::swap(order[i], order[random_bits() % (i + 1)]);
+    Array logits(DType::Float32, 720);
+    Array target(DType::Int64, 720);
+    fill_logits(logits);
+    fill_target(target);
+    Problem problem = problem_of(720, logits.strided({}), target.contiguous());
+    problem.ndim = kMaxDims;
+    int64_t stride = 1;
+    for (int dim : order) {
+      problem.logits.strides[dim] = stride;
+      stride *= sizes[dim];
+    }
+    for (int dim = 0; dim < kMaxDims; ++dim) problem.sizes[dim] = sizes[dim];
+    for (Job job : kJobs) check_job(problem, job, DType::Float32, 0, describe("six dimensions", problem));
+  }
+}
+
+// The sum of a thread has the same bits for every layout of the same values.
+void test_sum_order() {
+  for (DType dtype : kFloatTypes) {
+    const int64_t rows = 211;
+    const int64_t columns = 37;
+    const int64_t numel = rows * columns;
+    Array plain(dtype, numel);
+    Array shifted(dtype, numel, 1);
+    Array transposed(dtype, numel);
+    Array target(DType::UInt8, numel);
+    Array wide_target(dtype == DType::Float64 ? DType::Float64 : DType::Float32, numel, 1);
+    fill_logits(plain, true);
+    fill_target(target);
+    for (int64_t i = 0; i < numel; ++i) {
+      shifted.set(i, plain.get(i));
+      transposed.set(i % columns * rows + i / columns, plain.get(i));
+      wide_target.set(i, target.get(i));
+    }
+    Problem problem = problem_of(numel, plain.contiguous(), target.contiguous());
+    problem.ndim = 2;
+    problem.sizes[0] = rows;
+    problem.sizes[1] = columns;
+    const int blocks = 3;
+    const std::vector<double> want = run_grid(problem, Job::Sum, blocks);
+    problem.logits = shifted.contiguous();
+    expect(run_grid(problem, Job::Sum, blocks) == want, "%s: an unaligned start changes a sum", name_of(dtype));
+    problem.target = wide_target.contiguous();
+    expect(run_grid(problem, Job::Sum, blocks) == want, "%s: the target's type changes a sum", name_of(dtype));
+    problem.logits = transposed.strided({1, rows});
+    expect(run_grid(problem, Job::Sum, blocks) == want, "%s: strides change a sum", name_of(dtype));
+  }
+}
+
+void test_rows() {
+  int turn = 0;
+  for (DType dtype : kFloatTypes) {
+    for (int64_t columns : {0, 1, 2, 3, 5, 8, 20, 31, 33, 80, 255, 256, 1000, 1031, 9605}) {
+      ++turn;
+      const int64_t count = columns > 1000 ? 3 : 17;
+      const int64_t numel = count * columns;
+      Array logits(dtype, numel, turn % 2);
+      Array target(DType::UInt8, numel);
+      Array weight(DType::Float32, columns);
+      Array want(DType::Float64, count);
+      fill_logits(logits, true);
+      fill_target(target);
+      fill_weight(weight);
+      Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+      if (turn % 3 == 0) {
+        problem.ndim = 2;
+        problem.sizes[0] = count;
+        problem.sizes[1] = columns;
+        problem.weight = weight.strided({0, 1});
+      }
+      problem.divisor = double(columns ? columns : 1);
+      problem.loss = want.result();
+      cpu::kernels().rows(problem, columns, 0, count);
+
+      const int team = cuda::threads_per_row(columns, cuda::group_size(dtype));
+      for (int64_t row = 0; row < count; ++row) {
+        double sum = 0.0;
+        for (int thread = 0; thread < team; ++thread) {
+          sum += run_thread(problem, Job::Sum, {row * columns, (row + 1) * columns, thread, team});
+        }
+        expect(
+            close(sum / problem.divisor, want.get(row), 1e-13), "%s, row %lld of %lld columns: %.17g, want %.17g",
+            describe("rows", problem).c_str(), (long long)row, (long long)columns, sum / problem.divisor,
+            want.get(row));
+      }
+    }
+  }
+}
+
+void test_scale() {
+  int turn = 0;
+  for (DType dtype : kFloatTypes) {
+    for (DType factor_type : kFloatTypes) {
+      for (int64_t numel : {1, 2, 7, 8, 9, 1000, 2051}) {
+        ++turn;
+        Array values(dtype, numel, turn % 2);
+        Array want(dtype, numel);
+        Array factor(factor_type, 1);
+        factor.set(0, turn % 5 ? random_between(-3.0, 3.0) : NAN);
+        fill_logits(values);
+        for (int64_t i = 0; i < numel; ++i) {
+          const double by = dtype == DType::Float64 ? factor.get(0) : double(float(factor.get(0)));
+          want.set(i, dtype == DType::Float64 ? values.get(i) * by : double(float(values.get(i)) * float(by)));
+        }
+        visit_floating(dtype, [&](auto tag) {
+          auto* data = static_cast<decltype(tag)*>(values.data());
+          for (int64_t thread = 0; thread < kThreads; ++thread) {
+            cuda::scale_values(data, factor.contiguous(), Share{0, numel, thread, kThreads});
+          }
+          expect_same(values, want, std::string("scale ") + name_of(dtype) + " by " + name_of(factor_type));
+          factor.set(0, 1.0);
+          decltype(data) nowhere = nullptr;  // by 1: never looked at
+          cuda::scale_values(nowhere, factor.contiguous(), Share{0, numel, 0, kThreads});
+        });
+      }
+    }
+  }
+}
+
+// Indices beyond 32 bits. First the ends of 2^40 - 1 elements in three rows, of which each is one logit over and over;
+// then problems whose arrays would end where small ones really lie.
+void test_large() {
+  const int64_t numel = (int64_t(1) << 40) - 1;
+  const int64_t groups = cuda::divide_up(numel, 4);
+  Array row_logits(DType::Float32, 3);
+  Array row_target(DType::Bool, 1);
+  row_target.set(0, 1.0);
+  for (int row = 0; row < 3; ++row) row_logits.set(row, double(row));
+  Problem problem = problem_of(numel, row_logits.strided({1, 0}), row_target.strided({0, 0}));
+  problem.ndim = 2;
+  problem.sizes[0] = 3;
+  problem.sizes[1] = numel / 3;
+  expect(problem.sizes[1] * 3 == numel, "three rows");
+  const double first = run_thread(problem, Job::Sum, {0, numel, 0, groups});
+  const double last = run_thread(problem, Job::Sum, {0, numel, groups - 1, groups});
+  expect(close(first, 4.0 * std::log1p(std::exp(0.0)), 1e-6), "the first group of 2^40 - 1: %.17g", first);
+  expect(close(last, 3.0 * std::log1p(std::exp(-2.0)), 1e-6), "the last group of 2^40 - 1: %.17g", last);
+
+  const int64_t count = 101;
+  Array logits(DType::Float32, count);
+  Array losses(DType::Float32, count);
+  Array want(DType::Float32, count);
+  Array targets(DType::UInt8, count);
+  fill_logits(logits);
+  fill_target(targets);
+  Problem reference = problem_of(count, logits.contiguous(), targets.contiguous());
+  reference.loss = want.result();
+  run_reference(reference);
+  const int64_t begin = int64_t(1) << 40;
+  const auto moved = [&](const Array& array) {
+    return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(array.data()) - begin * size_of(array.dtype()));
+  };
+  problem = problem_of(begin + count, logits.contiguous(), targets.contiguous());
+  problem.logits.data = moved(logits);
+  problem.target.data = moved(targets);
+  problem.loss = {moved(losses), DType::Float32};
+  for (int64_t thread = 0; thread < 64; ++thread) {
+    run_thread(problem, Job::Loss, {begin, begin + count, thread, 64});
+  }
+  expect_same(losses, want, "elements behind 2^40");
+
+  problem = problem_of(numel, logits.contiguous(), targets.contiguous());
+  problem.loss = losses.result();
+  losses.poison();
+  run_thread(problem, Job::Loss, {0, numel, 0, groups});
+  for (int64_t i = 0; i < count; ++i) {
+    expect(i < 4 ? losses.same(want, i) : losses.is_poison(i), "element %lld of 2^40 - 1", (long long)i);
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::printf("compared with the %s kernels\n", cpu::kernels().isa);
+  const struct {
+    const char* name;
+    void (*run)();
+  } tests[] = {
+      {"launch", test_launch},
+      {"contiguous", test_contiguous},
+      {"grids", test_grids},
+      {"written once", test_written_once},
+      {"strided", test_strided},
+      {"upstream by row", test_upstream_by_row},
+      {"dimensions", test_dimensions},
+      {"sum order", test_sum_order},
+      {"rows", test_rows},
+      {"scale", test_scale},
+      {"large", test_large}};
+  for (const auto& test : tests) {
+    const int failures_before = failures;
+    const int64_t checks_before = checks;
+    test.run();
+    std::printf(
+        "%-15s %8lld checks, %d failed\n", test.name, (long long)(checks - checks_before), failures - failures_before);
+  }
+  return failures > 0;
+}
