@@ -6,7 +6,7 @@ Two functions, each fitted once for float and once for double with the Remez exc
 60-digit arithmetic, the error weighted so that it is relative to the function the kernel returns:
 
 * exp(r) = 1 + r + r^2 q(r)         on |r| <= ln(2)/2, error relative to exp(r);
-* log1p(e) = e + e^2 q(e)           on [0, 1],         error relative to log1p(e).
+* log1p(e) = e - e^2 / 2 + e^3 q(e) on [0, 1],         error relative to log1p(e).
 
 The degrees are the smallest whose error stays below an eighth of the type's rounding error, so that the polynomial
 never decides the last bit.
@@ -142,7 +142,7 @@ def main() -> None:
             bits,
             in_turn,
         )
-        show("log1p", kind, coefficients, error)
+        show("log1p", kind, coefficients[1:], error)  # math.h treats the constant, -1/2, by itself
 
 
 if __name__ == "__main__":

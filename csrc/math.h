@@ -84,7 +84,7 @@ struct Constants<float> {
     return mul_add(q, r, 0.4999999345f);
   }
 
-  // (log1p(e) - e) / e^2, largest error relative to log1p(e) 2^-29.5
+  // (log1p(e) - e + e^2 / 2) / e^3, largest error relative to log1p(e) 2^-29.5
   FUSED_SCE_INLINE float log1p_tail(float e) {
     float q = 0.002278800821f;
     q = mul_add(q, e, -0.01469078753f);
@@ -94,8 +94,7 @@ struct Constants<float> {
     q = mul_add(q, e, -0.1622840017f);
     q = mul_add(q, e, 0.1992633641f);
     q = mul_add(q, e, -0.2499331236f);
-    q = mul_add(q, e, 0.3333309293f);
-    return mul_add(q, e, -0.5f);
+    return mul_add(q, e, 0.3333309293f);
   }
 };
 
@@ -127,7 +126,7 @@ struct Constants<double> {
     return mul_add(q, r, 0.500000000000001063);
   }
 
-  // (log1p(e) - e) / e^2, largest error relative to log1p(e) 2^-57.8
+  // (log1p(e) - e + e^2 / 2) / e^3, largest error relative to log1p(e) 2^-57.8
   FUSED_SCE_INLINE double log1p_tail(double e) {
     double q = -0.0000174416108192306661;
     q = mul_add(q, e, 0.0002084719054057716);
@@ -148,8 +147,7 @@ struct Constants<double> {
     q = mul_add(q, e, -0.166666659027266018);
     q = mul_add(q, e, 0.199999999693124153);
     q = mul_add(q, e, -0.249999999993146704);
-    q = mul_add(q, e, 0.333333333333271531);
-    return mul_add(q, e, -0.5);
+    return mul_add(q, e, 0.333333333333271531);
   }
 };
 
@@ -213,7 +211,14 @@ struct Tails {
 template <class T>
 FUSED_SCE_INLINE Tails<T> tails(T x) {
   const TwoPart<T> e = exp_of_negative<T>(std::fabs(x));
-  const T log1p_lower = mul_add(e.upper * e.upper, Constants<T>::log1p_tail(e.upper), e.lower);
+
+  // log1p(e) = (e - e^2 / 2) + e^3 tail: the first part rounded, what that lost, and what e.lower adds (times the
+  // derivative 1 / (1 + e), for which 1 - e / 2 is good enough) together with the cubic rest.
+  const T minus_half = T(-0.5) * e.upper;
+  const T upper = mul_add(minus_half, e.upper, e.upper);
+  const T lost_by_upper = mul_add(minus_half, e.upper, e.upper - upper);
+  const T small = mul_add(e.lower, T(1) + minus_half, lost_by_upper);
+  const T lower = mul_add(e.upper * e.upper * e.upper, Constants<T>::log1p_tail(e.upper), small);
 
   // 1 / (1 + e) as quotient + correction: what rounding 1 + e lost and what the division left. Without the correction
   // the smaller sigmoid, e / (1 + e), is wrong by up to 2.5 ULP.
@@ -224,7 +229,7 @@ FUSED_SCE_INLINE Tails<T> tails(T x) {
   const T correction = quotient * residual;
   const T larger = quotient + correction;
   const T smaller = mul_add(e.upper, quotient, mul_add(e.lower, quotient, e.upper * correction));
-  return {{e.upper, log1p_lower}, x < T(0) ? smaller : larger, x < T(0) ? larger : smaller};
+  return {{upper, lower}, x < T(0) ? smaller : larger, x < T(0) ? larger : smaller};
 }
 
 template <class T>
