@@ -176,7 +176,7 @@ def plot(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
     """Draw the times per element as bars: a panel for each direction, a group for each shape."""
     names = list(dict.fromkeys(figure.loss for figure in figures))
     shapes = list(dict.fromkeys(figure.shape for figure in figures))
-    picture, panels = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
+    picture, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     for panel, backward in zip(panels, (False, True), strict=True):
         for place, name in enumerate(names):
             heights = [
@@ -186,12 +186,14 @@ def plot(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
             bars = panel.bar(left, heights, 0.13, label=name, color=f"C{place}")
             panel.bar_label(bars, fmt="%.3g", fontsize=6, padding=1)
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
         panel.set_xticks(range(len(shapes)), [f"{n} x {c}" for n, c in shapes])
         panel.set_title("forward + backward" if backward else "forward")
         panel.grid(axis="y", which="major", alpha=0.3)
         panel.set_axisbelow(True)
     panels[0].set_ylabel("ns per element (log scale)")
-    panels[0].legend(fontsize=8)
+    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     where = facts["device"] if facts["device"] != "cpu" else facts["processor"]
     picture.suptitle(f"{facts['dtype']}, {where}, {facts['threads']} thread(s), torch {torch.__version__}", fontsize=10)
     picture.savefig(path, dpi=130)
