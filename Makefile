@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 OUTPUT ?= output
 CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test bench lint format wheel clean help
+.PHONY: setup demo test sweep sanitize bench lint format wheel clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,29 @@ demo: setup  ## Train a ResNet-18 on digit canvases with the fused loss (minutes
 
 test: setup  ## Run all tests
 	$(BIN)/python -m pytest
+
+# The kernels' flags, as in setup.py.
+KERNEL_FLAGS := -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra
+KERNELS := $(wildcard csrc/cpu/*.cpp)
+build/sweep: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/cpu/*)
+	mkdir -p build
+	$(CXX) -O3 $(KERNEL_FLAGS) tests/cpp/sweep.cpp $(KERNELS) -o $@ -lpthread
+
+sweep: build/sweep  ## Check every float32, bfloat16 and float16 logit against float64 (minutes)
+	build/sweep 1
+
+# cuda_threads runs the CPU kernels on every type, stride and odd length, from arrays that end where their memory ends. It
+# compares with what a GPU does, so with fused multiply-add throughout.
+SANITIZE := $(CXX) -O1 -g -fno-sanitize-recover=all $(KERNEL_FLAGS)
+FMA := $(if $(filter x86_64,$(shell uname -m)),-mfma)
+sanitize:  ## Run the kernels under the address, undefined-behaviour and thread sanitizers
+	mkdir -p build/sanitize
+	$(SANITIZE) -fsanitize=address,undefined $(FMA) tests/cpp/cuda_threads.cpp $(KERNELS) -o build/sanitize/cuda_threads
+	build/sanitize/cuda_threads
+	$(SANITIZE) -fsanitize=address,undefined tests/cpp/sweep.cpp $(KERNELS) -o build/sanitize/sweep -lpthread
+	build/sanitize/sweep 10007
+	$(SANITIZE) -fsanitize=thread tests/cpp/sweep.cpp $(KERNELS) -o build/sanitize/sweep_threads -lpthread
+	build/sanitize/sweep_threads 100003
 
 bench: setup  ## Compare the losses' speed, results in output/benchmarks
 	$(BIN)/python benchmarks/compare_losses.py --output $(OUTPUT)/benchmarks

@@ -53,6 +53,8 @@ const Kernels& choose() {
 
 }  // namespace
 
+const Kernels* runnable_kernels(int rank) { return size_t(rank) < runnable().size() ? runnable()[rank] : nullptr; }
+
 const char* available_isas() {
   static const std::string names = [] {
     std::string joined;

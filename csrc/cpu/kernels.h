@@ -36,7 +36,10 @@ double add_pairwise(const double* partial_sums, int64_t count);
 // Throws std::invalid_argument when that names none, or one that this processor lacks.
 const Kernels& kernels();
 
-// Names of all kernels this build has and this processor can run, best first, separated by spaces.
+// The kernels that this build has and this processor can run, best first: rank 0, 1, … Null past the last.
+const Kernels* runnable_kernels(int rank);
+
+// Their names, separated by spaces.
 const char* available_isas();
 
 }  // namespace fused_sce::cpu
