@@ -9,8 +9,9 @@
 // loses none.
 //
 // Error bounds (ULP of the result; tests/test_numerics.py and tests/cpp/sweep.cpp enforce them):
-//     float:  t in {0, 1}: loss and gradient 2 ULP for every logit (the worst of all 2^32: 1.24 and 1.01); results below
-//             the smallest normal float within one subnormal step. t in between: 4 ULP of the sum of the two non-negative terms.
+//     float:  t in {0, 1}: loss and gradient 2 ULP for every logit (the worst of all 2^32 are 1.24 and 1.01); results
+//             below the smallest normal float within one subnormal step. t in between: 4 ULP of the sum of the two
+//             non-negative terms.
 //     double: the same bounds.
 //     inf:    with the matching target loss and gradient are 0. NaN in x or t gives NaN.
 //
