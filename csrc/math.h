@@ -65,16 +65,20 @@ template <>
 struct Constants<float> {
   using Bits = uint32_t;
   static constexpr int kMantissaBits = 23;
-  static constexpr Bits kExponentBias = 127;
-  // exp(-104) is below half of the smallest subnormal, 2^-150 = exp(-103.97): from here on the result is 0.
   static constexpr float kMax = 3.40282347e+38f;
+  // exp(-104) is below half of the smallest subnormal, 2^-150 = exp(-103.97): from here on the result is 0.
   static constexpr float kLargest = 104.0f;
   static constexpr float kLog2E = 1.44269504f;
   // ln 2 in two parts; the upper has 9 significant bits, so its product with n (8 bits) is exact without fused
   // multiply-add too.
   static constexpr float kLn2Upper = 0.693359375f;
   static constexpr float kLn2Lower = -2.12194440e-4f;
-  static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  // 2^n for the n of exp(-a), which reaches -150, is 2^(n + 64) 2^-64: the first is a normal number, and the product
+  // with the second rounds once where it is subnormal.
+  static constexpr float kUnscale = 0x1p-64f;
+  // Adding it rounds to an integer (the last bit of 1.5 * 2^23 is 1) and leaves that, plus the biased exponent of 2^64,
+  // in the low bits: one shift makes 2^(n + 64) of it.
+  static constexpr float kRoundMagic = 12582912.0f + 127.0f + 64.0f;
 
   // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-28.3
   FUSED_SCE_INLINE float exp_tail(float r) {
@@ -103,15 +107,15 @@ template <>
 struct Constants<double> {
   using Bits = uint64_t;
   static constexpr int kMantissaBits = 52;
-  static constexpr Bits kExponentBias = 1023;
-  // exp(-746) is below half of the smallest subnormal, 2^-1075 = exp(-745.13).
   static constexpr double kMax = 1.7976931348623157e+308;
+  // exp(-746) is below half of the smallest subnormal, 2^-1075 = exp(-745.13).
   static constexpr double kLargest = 746.0;
   static constexpr double kLog2E = 1.4426950408889634;
   // The upper part has 42 significant bits: its product with n (11 bits) is exact.
   static constexpr double kLn2Upper = 0.69314718055989033;
   static constexpr double kLn2Lower = 5.4979230187083712e-14;
-  static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kUnscale = 0x1p-512;                                // n reaches -1076
+  static constexpr double kRoundMagic = 6755399441055744.0 + 1023.0 + 512.0;  // 1.5 * 2^52, and as above
 
   // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-57.9
   FUSED_SCE_INLINE double exp_tail(double r) {
@@ -175,14 +179,8 @@ FUSED_SCE_INLINE TwoPart<T> exp_of_negative(T a) {
   const T mantissa = T(1) + p;
   const T lost = p - (mantissa - T(1));
 
-  // 2^n in two factors: n reaches -1076, and a single factor would already be 0 where the product is a subnormal. The
-  // offset keeps the shift on an unsigned number.
-  constexpr Bits kOffset = Bits(1) << 12;
-  const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(C::kRoundMagic);  // n, modulo 2^bits
-  const Bits half = ((exponent + kOffset) >> 1) - kOffset / 2;
-  const T scale = bit_cast<T>((half + C::kExponentBias) << C::kMantissaBits);
-  const T rest = bit_cast<T>((exponent - half + C::kExponentBias) << C::kMantissaBits);
-  return {mantissa * scale * rest, lost * scale * rest};
+  const T scale = bit_cast<T>(bit_cast<Bits>(shifted) << C::kMantissaBits);
+  return {mantissa * scale * C::kUnscale, lost * scale * C::kUnscale};
 }
 
 // 1 - a b, exactly, for b = 1 / a rounded. The fused form has no rounding; without it the product is formed from halves

@@ -70,6 +70,12 @@ void scatter(const Result& result, int64_t begin, int64_t count, const T* values
 }
 
 // The formula over arrays. Loss and gradient may not overlap the inputs.
+//
+// What bounds it, on an AMD EPYC with AVX-512 at 3.8 GHz and operands in the cache: the latency of one vector's chain
+// of operations, 50 cycles for 8 elements with AVX2 and for 16 with AVX-512 alike, at 99 instructions per 8 elements
+// (callgrind, sum included). Tried without gain: Estrin's scheme for the polynomials, prefetching the next block, and
+// the division replaced by one multiplication. Two streams in one loop, scheduled into each other (-fschedule-insns),
+// took 10 % less time.
 template <class T, bool kPosWeight, bool kLoss, bool kGradient>
 void compute(
     int64_t count,
