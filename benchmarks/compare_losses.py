@@ -33,6 +33,7 @@ from fused_sce.__main__ import versions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -186,8 +187,9 @@ def plot(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
             bars = panel.bar(left, heights, 0.13, label=name, color=f"C{place}")
             panel.bar_label(bars, fmt="%.3g", fontsize=6, padding=1)
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
         panel.set_xticks(range(len(shapes)), [f"{n} x {c}" for n, c in shapes])
         panel.set_title("forward + backward" if backward else "forward")
         panel.grid(axis="y", which="major", alpha=0.3)

@@ -37,7 +37,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
 
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
-    """Drop-in for `torch.nn.MultiLabelSoftMarginLoss`: one pass instead of 21 kernels forward and backward.
+    """Drop-in for `torch.nn.MultiLabelSoftMarginLoss`: one pass over memory instead of 21.
 
     Args:
         weight: factor of each label's loss, shape (C,). A buffer.
