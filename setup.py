@@ -135,6 +135,7 @@ SOURCES = [
     "csrc/cpu/avx512.cpp",
     "csrc/cpu/baseline.cpp",
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/pages.cpp",
 ]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
 

@@ -17,7 +17,8 @@
 //
 // Everything is branch-free, so that compilers turn the loops of csrc/cpu into vector code, and every a*b+c that may be
 // one instruction is written as mul_add: results do not depend on what a compiler chooses to contract, and a CPU with
-// fused multiply-add and a GPU compute the same bits.
+// fused multiply-add and a GPU compute the same bits. Polynomials are evaluated by pairs (G. Estrin, 1960): as many
+// operations as Horner's scheme, in half as long a chain.
 #pragma once
 
 #include <cmath>
@@ -56,16 +57,15 @@ FUSED_SCE_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Constants of exp(-a) and log1p(e) for one type. The polynomials are minimax fits, printed by fit_polynomials.py;
-// their coefficients stand highest power first, as Horner's scheme reads them.
+// Constants of exp(-|x|) and log1p(e) for one type. The polynomials are minimax fits, printed by fit_polynomials.py.
 template <class T>
 struct Constants;
 
 template <>
 struct Constants<float> {
   using Bits = uint32_t;
+  using SignedBits = int32_t;
   static constexpr int kMantissaBits = 23;
-  static constexpr float kMax = 3.40282347e+38f;
   // exp(-104) is below half of the smallest subnormal, 2^-150 = exp(-103.97): from here on the result is 0.
   static constexpr float kLargest = 104.0f;
   static constexpr float kLog2E = 1.44269504f;
@@ -73,41 +73,38 @@ struct Constants<float> {
   // multiply-add too.
   static constexpr float kLn2Upper = 0.693359375f;
   static constexpr float kLn2Lower = -2.12194440e-4f;
-  // 2^n for the n of exp(-a), which reaches -150, is 2^(n + 64) 2^-64: the first is a normal number, and the product
-  // with the second rounds once where it is subnormal.
+  // 2^n for the n of exp(-|x|), which reaches -150, is 2^(n + 64) 2^-64: the first is a normal number, and a product
+  // of both with the mantissa rounds once where it is subnormal.
   static constexpr float kUnscale = 0x1p-64f;
   // Adding it rounds to an integer (the last bit of 1.5 * 2^23 is 1) and leaves that, plus the biased exponent of 2^64,
   // in the low bits: one shift makes 2^(n + 64) of it.
   static constexpr float kRoundMagic = 12582912.0f + 127.0f + 64.0f;
 
   // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-28.3
-  FUSED_SCE_INLINE float exp_tail(float r) {
-    float q = 0.001381459865f;
-    q = mul_add(q, r, 0.00836871688f);
-    q = mul_add(q, r, 0.04166838805f);
-    q = mul_add(q, r, 0.1666652063f);
-    return mul_add(q, r, 0.4999999345f);
+  FUSED_SCE_INLINE float exp_tail(float r, float r2) {
+    const float q0 = mul_add(0.1666652063f, r, 0.4999999345f);
+    const float q2 = mul_add(0.00836871688f, r, 0.04166838805f);
+    return mul_add(mul_add(0.001381459865f, r2, q2), r2, q0);
   }
 
   // (log1p(e) - e + e^2 / 2) / e^3, largest error relative to log1p(e) 2^-29.5
-  FUSED_SCE_INLINE float log1p_tail(float e) {
-    float q = 0.002278800821f;
-    q = mul_add(q, e, -0.01469078753f);
-    q = mul_add(q, e, 0.04430993274f);
-    q = mul_add(q, e, -0.08592571318f);
-    q = mul_add(q, e, 0.1267977804f);
-    q = mul_add(q, e, -0.1622840017f);
-    q = mul_add(q, e, 0.1992633641f);
-    q = mul_add(q, e, -0.2499331236f);
-    return mul_add(q, e, 0.3333309293f);
+  FUSED_SCE_INLINE float log1p_tail(float e, float e2) {
+    const float q0 = mul_add(-0.2499331236f, e, 0.3333309293f);
+    const float q2 = mul_add(-0.1622840017f, e, 0.1992633641f);
+    const float q4 = mul_add(-0.08592571318f, e, 0.1267977804f);
+    const float q6 = mul_add(-0.01469078753f, e, 0.04430993274f);
+    float q = mul_add(0.002278800821f, e2, q6);
+    q = mul_add(q, e2, q4);
+    q = mul_add(q, e2, q2);
+    return mul_add(q, e2, q0);
   }
 };
 
 template <>
 struct Constants<double> {
   using Bits = uint64_t;
+  using SignedBits = int64_t;
   static constexpr int kMantissaBits = 52;
-  static constexpr double kMax = 1.7976931348623157e+308;
   // exp(-746) is below half of the smallest subnormal, 2^-1075 = exp(-745.13).
   static constexpr double kLargest = 746.0;
   static constexpr double kLog2E = 1.4426950408889634;
@@ -118,41 +115,39 @@ struct Constants<double> {
   static constexpr double kRoundMagic = 6755399441055744.0 + 1023.0 + 512.0;  // 1.5 * 2^52, and as above
 
   // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-57.9
-  FUSED_SCE_INLINE double exp_tail(double r) {
-    double q = 2.50000616262395106e-8;
-    q = mul_add(q, r, 2.76302483849967405e-7);
-    q = mul_add(q, r, 2.75575863737815006e-6);
-    q = mul_add(q, r, 0.000024801493098888392);
-    q = mul_add(q, r, 0.000198412695065787302);
-    q = mul_add(q, r, 0.00138888889436301331);
-    q = mul_add(q, r, 0.00833333333349446166);
-    q = mul_add(q, r, 0.0416666666665301585);
-    q = mul_add(q, r, 0.166666666666664125);
-    return mul_add(q, r, 0.500000000000001063);
+  FUSED_SCE_INLINE double exp_tail(double r, double r2) {
+    const double q0 = mul_add(0.166666666666664125, r, 0.500000000000001063);
+    const double q2 = mul_add(0.00833333333349446166, r, 0.0416666666665301585);
+    const double q4 = mul_add(0.000198412695065787302, r, 0.00138888889436301331);
+    const double q6 = mul_add(2.75575863737815006e-6, r, 0.000024801493098888392);
+    double q = mul_add(2.50000616262395106e-8, r, 2.76302483849967405e-7);
+    q = mul_add(q, r2, q6);
+    q = mul_add(q, r2, q4);
+    q = mul_add(q, r2, q2);
+    return mul_add(q, r2, q0);
   }
 
   // (log1p(e) - e + e^2 / 2) / e^3, largest error relative to log1p(e) 2^-57.8
-  FUSED_SCE_INLINE double log1p_tail(double e) {
-    double q = -0.0000174416108192306661;
-    q = mul_add(q, e, 0.0002084719054057716);
-    q = mul_add(q, e, -0.00118457854794970334);
-    q = mul_add(q, e, 0.00427791593566156318);
-    q = mul_add(q, e, -0.0111011240423354897);
-    q = mul_add(q, e, 0.0222645940498438777);
-    q = mul_add(q, e, -0.0364162275769105703);
-    q = mul_add(q, e, 0.0508840734608170323);
-    q = mul_add(q, e, -0.0634639989692719758);
-    q = mul_add(q, e, 0.0736154661495918156);
-    q = mul_add(q, e, -0.0822168298676059922);
-    q = mul_add(q, e, 0.0906067764294466865);
-    q = mul_add(q, e, -0.0999353581275547603);
-    q = mul_add(q, e, 0.111100409527109534);
-    q = mul_add(q, e, -0.124998663516023178);
-    q = mul_add(q, e, 0.142857021354556968);
-    q = mul_add(q, e, -0.166666659027266018);
-    q = mul_add(q, e, 0.199999999693124153);
-    q = mul_add(q, e, -0.249999999993146704);
-    return mul_add(q, e, 0.333333333333271531);
+  FUSED_SCE_INLINE double log1p_tail(double e, double e2) {
+    const double q0 = mul_add(-0.249999999993146704, e, 0.333333333333271531);
+    const double q2 = mul_add(-0.166666659027266018, e, 0.199999999693124153);
+    const double q4 = mul_add(-0.124998663516023178, e, 0.142857021354556968);
+    const double q6 = mul_add(-0.0999353581275547603, e, 0.111100409527109534);
+    const double q8 = mul_add(-0.0822168298676059922, e, 0.0906067764294466865);
+    const double q10 = mul_add(-0.0634639989692719758, e, 0.0736154661495918156);
+    const double q12 = mul_add(-0.0364162275769105703, e, 0.0508840734608170323);
+    const double q14 = mul_add(-0.0111011240423354897, e, 0.0222645940498438777);
+    const double q16 = mul_add(-0.00118457854794970334, e, 0.00427791593566156318);
+    double q = mul_add(-0.0000174416108192306661, e, 0.0002084719054057716);
+    q = mul_add(q, e2, q16);
+    q = mul_add(q, e2, q14);
+    q = mul_add(q, e2, q12);
+    q = mul_add(q, e2, q10);
+    q = mul_add(q, e2, q8);
+    q = mul_add(q, e2, q6);
+    q = mul_add(q, e2, q4);
+    q = mul_add(q, e2, q2);
+    return mul_add(q, e2, q0);
   }
 };
 
@@ -163,72 +158,79 @@ struct TwoPart {
   T lower;
 };
 
-// exp(-a) for a >= 0, in two parts: upper alone is within 1 ULP, both together within 0.81 (every 17th float up to 87).
-// NaN gives NaN. Subnormal results are rounded once, never flushed.
+// exp(-|x|) in the making: exp(remainder) 2^n, with |remainder| <= ln(2) / 2 and scale = 2^n / kUnscale; where the
+// result is 0, scale is.
 template <class T>
-FUSED_SCE_INLINE TwoPart<T> exp_of_negative(T a) {
+struct Reduced {
+  T remainder;
+  T scale;
+};
+
+template <class T>
+FUSED_SCE_INLINE Reduced<T> reduce(T x) {
   using C = Constants<T>;
   using Bits = typename C::Bits;
-  a = a > C::kLargest ? C::kLargest : a;  // in this order NaN stays NaN
-  const T shifted = mul_add(a, -C::kLog2E, C::kRoundMagic);
-  const T n = shifted - C::kRoundMagic;  // -a / ln 2, rounded to an integer
-  T r = mul_add(n, -C::kLn2Upper, -a);
-  r = mul_add(n, -C::kLn2Lower, r);  // |r| <= ln(2) / 2
-
-  const T p = mul_add(r * r, C::exp_tail(r), r);
-  const T mantissa = T(1) + p;
-  const T lost = p - (mantissa - T(1));
-
+  const T a = -std::fabs(x);
+  const T shifted = mul_add(a, C::kLog2E, C::kRoundMagic);
+  const T n = shifted - C::kRoundMagic;  // a / ln 2, rounded to an integer
+  const T remainder = mul_add(n, -C::kLn2Lower, mul_add(n, -C::kLn2Upper, a));
   const T scale = bit_cast<T>(bit_cast<Bits>(shifted) << C::kMantissaBits);
-  return {mantissa * scale * C::kUnscale, lost * scale * C::kUnscale};
+  const bool is_zero = a < -C::kLargest;  // then neither is a number to reckon with; asked in this way NaN stays NaN
+  return {is_zero ? T(0) : remainder, is_zero ? T(0) : scale};
 }
 
-// 1 - a b, exactly, for b = 1 / a rounded. The fused form has no rounding; without it the product is formed from halves
-// of a and b (T. J. Dekker, 1971).
+// exp(-|x|) in two parts: upper alone is within 1 ULP, both together within 0.81 (every 17th float up to 87). NaN gives
+// NaN. Subnormal results are rounded once, never flushed.
 template <class T>
-FUSED_SCE_INLINE T reciprocal_residual(T a, T b) {
+FUSED_SCE_INLINE TwoPart<T> exp_of(Reduced<T> reduced) {
+  using C = Constants<T>;
+  const T r = reduced.remainder;
+  const T r2 = r * r;
+  const T p = mul_add(r2, C::exp_tail(r, r2), r);
+  const T mantissa = mul_add(p, C::kUnscale, C::kUnscale);
+  const T lost = mul_add(p, C::kUnscale, C::kUnscale - mantissa);
+  return {mantissa * reduced.scale, lost * reduced.scale};
+}
+
+// c - a b, exactly, for a b within a few ULP of c. The fused form has no rounding; without it the product is formed
+// from halves of a and b (T. J. Dekker, 1971).
+template <class T>
+FUSED_SCE_INLINE T residual_of_product(T a, T b, T c) {
 #if FUSED_SCE_HAS_FMA
-  return mul_add(-a, b, T(1));
+  return mul_add(-a, b, c);
 #else
   constexpr T kSplit = T((int64_t(1) << ((Constants<T>::kMantissaBits + 2) / 2)) + 1);
   const T a_upper = a * kSplit - (a * kSplit - a);
   const T b_upper = b * kSplit - (b * kSplit - b);
   const T a_lower = a - a_upper;
   const T b_lower = b - b_upper;
-  return (((T(1) - a_upper * b_upper) - a_upper * b_lower) - a_lower * b_upper) - a_lower * b_lower;
+  return (((c - a_upper * b_upper) - a_upper * b_lower) - a_lower * b_upper) - a_lower * b_lower;
 #endif
 }
 
-// What the loss and its gradient at one logit are made of.
+// log1p(e); the sum of both parts, not rounded.
 template <class T>
-struct Tails {
-  TwoPart<T> log1p_e;  // log1p(exp(-|x|)); the sum of both parts, not rounded
-  T sigmoid;           // sigmoid(x)
-  T opposite;          // sigmoid(-x)
-};
-
-template <class T>
-FUSED_SCE_INLINE Tails<T> tails(T x) {
-  const TwoPart<T> e = exp_of_negative<T>(std::fabs(x));
-
-  // log1p(e) = (e - e^2 / 2) + e^3 tail: the first part rounded, what that lost, and what e.lower adds (times the
-  // derivative 1 / (1 + e), for which 1 - e / 2 is good enough) together with the cubic rest.
+FUSED_SCE_INLINE TwoPart<T> log1p_of(TwoPart<T> e) {
+  // (e - e^2 / 2) + e^3 tail: the first part rounded, what that lost, and what e.lower adds (times the derivative
+  // 1 / (1 + e), for which 1 - e / 2 is good enough) together with the cubic rest.
   const T minus_half = T(-0.5) * e.upper;
   const T upper = mul_add(minus_half, e.upper, e.upper);
-  const T lost_by_upper = mul_add(minus_half, e.upper, e.upper - upper);
-  const T small = mul_add(e.lower, T(1) + minus_half, lost_by_upper);
-  const T lower = mul_add(e.upper * e.upper * e.upper, Constants<T>::log1p_tail(e.upper), small);
+  const T lost = mul_add(minus_half, e.upper, e.upper - upper);
+  const T small = mul_add(e.lower, T(1) + minus_half, lost);
+  const T e2 = e.upper * e.upper;
+  return {upper, mul_add(e2 * e.upper, Constants<T>::log1p_tail(e.upper, e2), small)};
+}
 
-  // 1 / (1 + e) as quotient + correction: what rounding 1 + e lost and what the division left. The smaller sigmoid,
-  // e / (1 + e), needs it twice over: its ULP may be half as large.
+// sigmoid(-|x|) = e / (1 + e).
+template <class T>
+FUSED_SCE_INLINE T smaller_sigmoid(TwoPart<T> e) {
+  // The quotient of the upper parts, then one step of correction by what is left of e after multiplying back, over
+  // 1 + e: that is times sigmoid(|x|), which is 1 less the quotient.
   const T denominator = T(1) + e.upper;
   const T lost = e.upper - (denominator - T(1)) + e.lower;
-  const T quotient = T(1) / denominator;
-  const T residual = mul_add(-lost, quotient, reciprocal_residual(denominator, quotient));
-  const T correction = quotient * residual;
-  const T larger = quotient + correction;
-  const T smaller = mul_add(e.upper, quotient, mul_add(e.lower, quotient, e.upper * correction));
-  return {{upper, lower}, x < T(0) ? smaller : larger, x < T(0) ? larger : smaller};
+  const T quotient = e.upper / denominator;
+  const T residual = residual_of_product(quotient, denominator, e.upper) + mul_add(-quotient, lost, e.lower);
+  return mul_add(residual, T(1) - quotient, quotient);
 }
 
 template <class T>
@@ -237,32 +239,49 @@ struct LossAndGradient {
   T gradient;
 };
 
-// The loss of one element and its derivative by the logit. kPosWeight = false is p = 1, without its multiplications.
+// The loss of one element and its derivative by the logit, from e = exp(-|x|). kPosWeight = false is p = 1,
+// without its multiplications.
+//
+// Both are made of the slope, the gradient's limit where x is large and wrong, which is 1 - t or p t: for x >= 0
+//     loss     = (1 - t) x + (1 - t + p t) log1p(e)
+//     gradient = (1 - t) - (1 - t + p t) sigmoid(-|x|)
+// and for x <= 0 the same with p t and |x|, the gradient negated. For a target of 0 or 1 one of both terms is 0; in
+// between they cancel only where that is no more than an ULP of (1 - t) sigmoid(x) + p t sigmoid(-x), because
+// sigmoid(-|x|) is at most a half.
 template <class T, bool kPosWeight>
-FUSED_SCE_INLINE LossAndGradient<T> sigmoid_cross_entropy(T x, T t, T pos_weight) {
-  const Tails<T> tail = tails<T>(x);
+FUSED_SCE_INLINE LossAndGradient<T> sigmoid_cross_entropy(T x, T t, T pos_weight, TwoPart<T> e) {
+  using Bits = typename Constants<T>::Bits;
+  using SignedBits = typename Constants<T>::SignedBits;
+  const TwoPart<T> log1p_e = log1p_of(e);
   const T negative = T(1) - t;
   const T positive = kPosWeight ? pos_weight * t : t;
-
-  // max(x, 0) and max(-x, 0) are never both non-zero: one product serves both terms. Where its factor is 0 the product
-  // is 0 even if x is infinite: a sure and right logit costs nothing.
-  const T slope = x > T(0) ? negative : positive;
+  // By the sign bit, as at the end: for a zero of either sign both must go the same way.
+  const T slope = bit_cast<SignedBits>(x) < 0 ? positive : negative;
+  // 0 for a slope of 0 even if x is infinite: a sure and right logit costs nothing.
   const T linear = slope == T(0) ? T(0) : slope * std::fabs(x);
+
   T loss;
   if (kPosWeight) {
-    loss = mul_add(negative + positive, tail.log1p_e.upper + tail.log1p_e.lower, linear);
+    loss = mul_add(negative + positive, log1p_e.upper + log1p_e.lower, linear);
   } else {
     // Both sums at once with one rounding that counts: the larger part plus the smaller, and what that addition lost.
-    const T larger = linear > tail.log1p_e.upper ? linear : tail.log1p_e.upper;
-    const T smaller = linear > tail.log1p_e.upper ? tail.log1p_e.upper : linear;
+    // What it added is at most log1p(1), or not a number if linear is infinite.
+    const T larger = linear > log1p_e.upper ? linear : log1p_e.upper;
+    const T smaller = linear > log1p_e.upper ? log1p_e.upper : linear;
     const T sum = larger + smaller;
-    const T lost = smaller - (sum - larger);
-    loss = sum + (lost + tail.log1p_e.lower);
-    loss = std::fabs(linear) <= Constants<T>::kMax ? loss : linear;  // inf - inf above
+    const T added = sum - larger;
+    const T lost = added < T(1) ? smaller - added : T(0);
+    loss = sum + (lost + log1p_e.lower);
   }
 
-  const T gradient = mul_add(negative, tail.sigmoid, -(positive * tail.opposite));
-  return {loss, gradient};
+  const T size = kPosWeight ? mul_add(-(negative + positive), smaller_sigmoid(e), slope) : slope - smaller_sigmoid(e);
+  constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
+  return {loss, bit_cast<T>(bit_cast<Bits>(size) ^ (bit_cast<Bits>(x) & kSign))};
+}
+
+template <class T, bool kPosWeight>
+FUSED_SCE_INLINE LossAndGradient<T> sigmoid_cross_entropy(T x, T t, T pos_weight) {
+  return sigmoid_cross_entropy<T, kPosWeight>(x, t, pos_weight, exp_of(reduce(x)));
 }
 
 }  // namespace fused_sce

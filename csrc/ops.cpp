@@ -1,4 +1,5 @@
 // The op layer: schemas, checks, and the tensors around each kernel call. Autograd is in autograd.cpp.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -7,7 +8,10 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #ifdef FUSED_SCE_WITH_CUDA
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -46,6 +50,10 @@ TORCH_LIBRARY(fused_sce, m) {
   m.def(
       "_sigmoid_cross_entropy_sum_with_gradient(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
       "SymInt divisor, ScalarType? dtype) -> (Tensor, Tensor)");
+  // The same into memory that the caller has: nothing is allocated.
+  m.def(
+      "_sigmoid_cross_entropy_sum_with_gradient_out(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
+      "SymInt divisor, *, Tensor(a!) loss, Tensor(b!) gradient) -> ()");
   // The gradient by the input for a gradient of the result that broadcasts to the input's shape.
   m.def(
       "_sigmoid_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
@@ -196,8 +204,14 @@ ScalarType result_type(const Tensor& input, const Tensor& target, optional<Scala
   return type;
 }
 
-// What differs between CPU and CUDA: who runs a problem.
+// What differs between CPU and CUDA: who makes room for a result, and who runs a problem.
 struct CpuBackend {
+  static Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+    Tensor fresh = at::empty(sizes, options);
+    cpu::prefer_large_pages(fresh.mutable_data_ptr(), fresh.nbytes());
+    return fresh;
+  }
+
   // At most this many elements (about 40 us of work with AVX2) are not worth waking a second thread.
   static constexpr int64_t kElementsPerThread = 32768;
   static constexpr int64_t kChunksPerThread = kElementsPerThread / cpu::kChunk;
@@ -244,6 +258,8 @@ struct CpuBackend {
 #ifdef FUSED_SCE_WITH_CUDA
 // Every launch goes to the current stream of the tensors' device, and nothing waits for it.
 struct CudaBackend {
+  static Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+
   static void elements(const BoundProblem& bound, const Tensor& result) {
     const c10::cuda::CUDAGuard guard(result.device());
     C10_CUDA_CHECK(cuda::elements(bound.problem, c10::cuda::getCurrentCUDAStream()));
@@ -313,7 +329,7 @@ Tensor elementwise(
     const optional<Tensor>& pos_weight,
     optional<ScalarType> dtype) {
   BoundProblem bound = bind_problem(input, target, weight, pos_weight, std::nullopt, 1.0);
-  Tensor loss = at::empty(input.sizes(), input.options().dtype(result_type(input, target, dtype)));
+  Tensor loss = Backend::empty(input.sizes(), input.options().dtype(result_type(input, target, dtype)));
   if (bound.problem.numel == 0) return loss;
   bound.problem.loss = result_of(loss);
   Backend::elements(bound, loss);
@@ -363,10 +379,44 @@ std::tuple<Tensor, Tensor> sum_with_gradient(
     optional<ScalarType> dtype) {
   BoundProblem bound = bind_problem(input, target, weight, pos_weight, std::nullopt, double(divisor));
   Tensor total = at::empty({}, input.options().dtype(result_type(input, target, dtype)));
-  Tensor gradient = at::empty(input.sizes(), input.options());
+  Tensor gradient = Backend::empty(input.sizes(), input.options());
   bound.problem.gradient = result_of(gradient);
   Backend::sum(bound, total);
   return {total, gradient};
+}
+
+template <class Backend>
+void sum_with_gradient_out(
+    const Tensor& input,
+    const Tensor& target,
+    const optional<Tensor>& weight,
+    const optional<Tensor>& pos_weight,
+    int64_t divisor,
+    const Tensor& loss,
+    const Tensor& gradient) {
+  TORCH_CHECK_VALUE(loss.numel() == 1, "loss must have one element, got shape ", loss.sizes());
+  TORCH_CHECK_TYPE(loss.is_floating_point(), "loss must be floating point, got ", loss.scalar_type());
+  TORCH_CHECK_VALUE(
+      gradient.sizes() == input.sizes() && gradient.is_contiguous(),
+      "gradient must be contiguous and of input's shape ", input.sizes(), ", got shape ", gradient.sizes(),
+      " and strides ", gradient.strides());
+  TORCH_CHECK_TYPE(
+      gradient.scalar_type() == input.scalar_type(), "gradient must have input's dtype ", input.scalar_type(), ", got ",
+      gradient.scalar_type());
+  for (const auto& [name, result] : {std::pair{"loss", loss}, std::pair{"gradient", gradient}}) {
+    TORCH_CHECK(
+        result.device() == input.device(), "Expected all tensors to be on the same device, but input is on ",
+        input.device(), " and ", name, " is on ", result.device());
+  }
+
+  BoundProblem bound = bind_problem(input, target, weight, pos_weight, std::nullopt, double(divisor));
+  at::assert_no_overlap(loss, gradient);
+  for (const Tensor& each : bound.owners) {
+    at::assert_no_overlap(loss, each);
+    at::assert_no_overlap(gradient, each);
+  }
+  bound.problem.gradient = result_of(gradient);
+  Backend::sum(bound, loss);
 }
 
 template <class Backend>
@@ -378,7 +428,7 @@ Tensor backward(
     const optional<Tensor>& pos_weight,
     int64_t divisor) {
   BoundProblem bound = bind_problem(input, target, weight, pos_weight, grad_output, double(divisor));
-  Tensor gradient = at::empty(input.sizes(), input.options());
+  Tensor gradient = Backend::empty(input.sizes(), input.options());
   if (bound.problem.numel == 0) return gradient;
   bound.problem.gradient = result_of(gradient);
   Backend::elements(bound, gradient);
@@ -398,6 +448,7 @@ void register_kernels(torch::Library& m) {
   m.impl("sigmoid_cross_entropy_rows", &rows<Backend>);
   m.impl("sigmoid_cross_entropy_sum", &sum<Backend>);
   m.impl("_sigmoid_cross_entropy_sum_with_gradient", &sum_with_gradient<Backend>);
+  m.impl("_sigmoid_cross_entropy_sum_with_gradient_out", &sum_with_gradient_out<Backend>);
   m.impl("_sigmoid_cross_entropy_backward", &backward<Backend>);
   m.impl("_scale_", &scale_<Backend>);
 }

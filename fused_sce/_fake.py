@@ -56,6 +56,20 @@ def _sum_with_gradient(
     return loss, input.new_empty(input.shape)
 
 
+@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_sum_with_gradient_out")
+def _sum_with_gradient_out(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    divisor: int,
+    *,
+    loss: Tensor,
+    gradient: Tensor,
+) -> None:
+    return None
+
+
 @torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_backward")
 def _backward(
     grad_output: Tensor,

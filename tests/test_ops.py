@@ -54,6 +54,41 @@ def test_opcheck(device: str, op: str, dtype: torch.dtype, weighted: bool) -> No
         assert gradient.abs().min() > 0
 
 
+def test_opcheck_of_the_op_that_allocates_nothing(device: str) -> None:
+    args = arguments("_sigmoid_cross_entropy_sum_with_gradient", device, torch.float32, weighted=True)
+    results = {"loss": torch.empty((), device=device), "gradient": torch.empty(6, 9, device=device)}
+    op = ops._sigmoid_cross_entropy_sum_with_gradient_out.default
+    torch.library.opcheck(op, args[:-1], results)
+    op(*args[:-1], **results)
+    loss, gradient = ops._sigmoid_cross_entropy_sum_with_gradient(*args)
+    assert torch.equal(results["loss"], loss)
+    assert torch.equal(results["gradient"], gradient)
+
+
+@pytest.mark.parametrize(
+    ("results", "error", "message"),
+    [
+        ({"loss": torch.empty(2)}, ValueError, r"loss must have one element, got shape \[2\]"),
+        ({"loss": torch.empty((), dtype=torch.int64)}, TypeError, "loss must be floating point, got Long"),
+        ({"gradient": torch.empty(9, 6)}, ValueError, r"of input's shape \[6, 9\], got shape \[9, 6\]"),
+        ({"gradient": torch.empty(9, 6).t()}, ValueError, r"contiguous .*strides \[1, 6\]"),
+        ({"gradient": torch.empty(6, 9).double()}, TypeError, "input's dtype Float, got Double"),
+    ],
+)
+def test_results_that_do_not_fit(results: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    args = arguments("_sigmoid_cross_entropy_sum_with_gradient", "cpu", torch.float32, weighted=False)[:-1]
+    fitting = {"loss": torch.empty(()), "gradient": torch.empty(6, 9)}
+    with pytest.raises(error, match=message):
+        ops._sigmoid_cross_entropy_sum_with_gradient_out(*args, **fitting | results)
+
+
+def test_results_may_not_lie_in_the_inputs() -> None:
+    x, t, *rest, _ = arguments("_sigmoid_cross_entropy_sum_with_gradient", "cpu", torch.float32, weighted=False)
+    for inside in (x, t):
+        with pytest.raises(RuntimeError, match="refer to a single memory location"):
+            ops._sigmoid_cross_entropy_sum_with_gradient_out(x, t, *rest, loss=torch.empty(()), gradient=inside)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sum_classes"])
 def test_whole_graph_compiles(reduction: str) -> None:
     pos_weight = torch.rand(80)
