@@ -2,9 +2,9 @@
 
     python benchmarks/compare_losses.py --output output/benchmarks
 
-Each round calls every loss once, in an order shuffled anew, so that a noisy neighbour or a change of clock hits all of
-them; the figure is the median over rounds. Gradients are dropped before each call, as `optimizer.zero_grad()` does.
-Prints a table and writes `compare_losses.json` (every figure and the environment) and `compare_losses.png`.
+Each round calls every loss once, in an order shuffled anew; the figure is the median over rounds. Gradients are dropped
+before each call, as `optimizer.zero_grad()` does. Prints a table and writes `compare_losses.json` (every figure
+and the environment) and `compare_losses.png`.
 
 Columns: time per call, ns per element (logit), the ratio to the fused loss, and bytes per second counting only what any
 implementation must move: logits and targets read once, and with backward the gradient written once.
@@ -13,23 +13,19 @@ implementation must move: logits and targets read once, and with backward the gr
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
+from measure import environment, in_turns
 from torch import Tensor, nn
 
 import fused_sce
-from fused_sce.__main__ import versions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,7 +36,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 # A ResNet head for MS-COCO's 80 labels, 256 pictures of 1000 labels, and OpenImages' 9605 trainable labels.
 SHAPES = ((64, 80), (256, 1000), (1024, 9605))
 FUSED = "fused_sce.BCEWithLogitsLoss"
-MIN_ROUNDS = 7
 
 
 @dataclass
@@ -96,27 +91,10 @@ def compare(shape: tuple[int, int], backward: bool, dtype: torch.dtype, device: 
     target = torch.randint(0, 2, shape, generator=generator, device=device).to(dtype)
     run = forward_backward if backward else forward
 
-    def timed(loss: Loss) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run(loss, logits, target)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def call(loss: Loss) -> Callable[[], None]:
+        return lambda: run(loss, logits, target)
 
-    candidates = losses()
-    for loss in candidates.values():  # compiles, warms caches and allocator
-        for _ in range(3):
-            timed(loss)
-
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates)
-    end = time.perf_counter() + seconds
-    while len(times[FUSED]) < MIN_ROUNDS or time.perf_counter() < end:
-        random.shuffle(order)
-        for name in order:
-            times[name].append(timed(candidates[name]))
+    times = in_turns({name: call(loss) for name, loss in losses().items()}, seconds, device)
 
     elements = shape[0] * shape[1]
     bytes_moved = elements * dtype.itemsize * (3 if backward else 2)
@@ -140,23 +118,6 @@ def compare(shape: tuple[int, int], backward: bool, dtype: torch.dtype, device: 
             )
         )
     return figures
-
-
-def environment(dtype: torch.dtype, device: str) -> dict[str, str]:
-    """What the figures depend on, by name."""
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = models[0].split(":")[1].strip() if models else processor
-    return {
-        **versions(),
-        "date": datetime.date.today().isoformat(),
-        "processor": processor,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def show(figures: list[Figure]) -> None:
@@ -231,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    facts = environment(dtype, options.device)
+    facts = {**environment(options.device), "dtype": options.dtype, "threads": str(options.threads)}
     for name, value in facts.items():
         print(f"{name:14}{value}")
     figures: list[Figure] = []

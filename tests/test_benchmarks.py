@@ -7,7 +7,10 @@ from pathlib import Path
 
 import compare_losses
 import compare_numerics
+import cpu_speed
+import measure
 import pytest
+import torch
 
 
 def test_compare_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +23,7 @@ def test_compare_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {figure["backward"] for figure in figures} == {False, True}
     for figure in figures:
         assert figure["loss"] in printed
-        assert figure["rounds"] >= compare_losses.MIN_ROUNDS
+        assert figure["rounds"] >= measure.MIN_ROUNDS
         assert figure["seconds_20"] <= figure["seconds"] <= figure["seconds_80"]
         # 4 x 3 float32: two reads, and with backward one write
         moved = 12 * 4 * (3 if figure["backward"] else 2)
@@ -50,3 +53,46 @@ def test_compare_numerics(tmp_path: Path) -> None:
     # the same count finds what torch is known to lose (pytorch#195529)
     assert torchs["lost_losses"] > 100
     assert torchs["lost_gradients"] > 100
+
+
+def test_cpu_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"64x80 float32": cpu_speed.GROUPS["64x80 float32"], "in place": lambda: cpu_speed.kernel_alone((3, 5))}
+    lines = (
+        cpu_speed.Line("64x80 float32", "an easy bar", "eager", "fused", 1e-6),
+        cpu_speed.Line("64x80 float32", "a hopeless bar", "eager", "fused", 1e6),
+        cpu_speed.Line("in place", "an easy bar from above", "kernel", "add", 1e6, at_least=False),
+    )
+    monkeypatch.setattr(cpu_speed, "GROUPS", small)
+    monkeypatch.setattr(cpu_speed, "LINES", lines)
+    arguments = ["--seconds", "0", "--output", str(tmp_path), "--groups", *small]
+    assert cpu_speed.main(arguments) == 0
+    assert cpu_speed.main([*arguments, "--strict"]) == 1  # the hopeless one
+    written = json.loads((tmp_path / "cpu_speed.json").read_text())
+    assert [line["met"] for line in written["lines"]] == [True, False, True]
+    times = written["median_seconds"]["64x80 float32"]
+    assert written["lines"][0]["ratio"] == pytest.approx(times["eager"] / times["fused"])
+    assert capsys.readouterr().out.count("NOT MET") == 2
+
+
+def test_every_line_names_candidates_of_its_group() -> None:
+    for group in {line.group for line in cpu_speed.LINES} - {"1024x9605 float32", "1024x9605 in place"}:
+        candidates = cpu_speed.GROUPS[group]()
+        assert {
+            name for line in cpu_speed.LINES if line.group == group for name in (line.numerator, line.denominator)
+        } <= (set(candidates))
+    for line in cpu_speed.LINES:
+        assert line.group in cpu_speed.GROUPS
+
+
+def test_in_turns_sets_threads_and_calls_everything_equally_often() -> None:
+    seen: dict[str, list[int]] = {"one": [], "two": []}
+    before = torch.get_num_threads()
+    times = measure.in_turns(
+        {name: lambda name=name: seen[name].append(torch.get_num_threads()) for name in seen},  # type: ignore[misc]
+        seconds=0,
+        threads={"one": 1, "two": 2},
+    )
+    torch.set_num_threads(before)
+    assert {name: len(samples) for name, samples in times.items()} == dict.fromkeys(seen, measure.MIN_ROUNDS)
+    assert set(seen["one"]) == {1}
+    assert set(seen["two"]) == {2}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fused_sce import _extension
+
+ROOT = Path(__file__).parent.parent
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -22,3 +28,16 @@ def test_a_large_gradient_costs_few_page_faults() -> None:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     # Small pages remain at both ends, up to 2 MiB each: 1,024 and a few. Small pages throughout would be 9,605.
     assert faults < 1500
+
+
+@pytest.mark.parametrize("isa", _extension._C.available_isas().split())
+def test_many_python_threads_agree_with_one(isa: str) -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests/concurrent_calls.py"],
+        env={**os.environ, "FUSED_SCE_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "all equal" in run.stdout
