@@ -31,6 +31,12 @@ CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"
 NVCC_FLAGS = ["-O3", "--fmad=false", "--threads=2", "-Werror=cross-execution-space-call"]
 
 
+# at::parallel_for is a template, and serial where its includer is compiled without OpenMP. What GCC makes of it are calls
+# of the runtime that torch has loaded, and linking one ourselves could bring a second, with threads of its own; other
+# compilers call another runtime, which torch may not have.
+OPENMP = ["-fopenmp"]
+
+
 def cuda_home() -> Path | None:
     """The CUDA toolkit: a folder with both nvcc and its headers.
 
@@ -50,6 +56,7 @@ if HOME is not None:
 
 try:
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(
@@ -127,6 +134,7 @@ class Build(BuildExtension):
         return [*super().get_outputs(), str(Path(self.build_lib) / "fused_sce/_built_for.py")]
 
 
+OPENMP_LINK = [] if cpp_extension.check_compiler_is_gcc(cpp_extension.get_cxx_compiler()) else OPENMP
 SOURCES = [
     "csrc/module.cpp",
     "csrc/autograd.cpp",
@@ -151,9 +159,16 @@ if WITH_CUDA:
         [*SOURCES, "csrc/cuda/kernels.cu"],
         define_macros=macros,
         depends=HEADERS,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + OPENMP, "nvcc": NVCC_FLAGS},
+        extra_link_args=OPENMP_LINK,
     )
 else:
-    extension = CppExtension("fused_sce._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": CXX_FLAGS})
+    extension = CppExtension(
+        "fused_sce._C",
+        SOURCES,
+        depends=HEADERS,
+        extra_compile_args={"cxx": CXX_FLAGS + OPENMP},
+        extra_link_args=OPENMP_LINK,
+    )
 
 setup(ext_modules=[extension], cmdclass={"build_ext": Build.with_options(use_ninja=True)})

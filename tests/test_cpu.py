@@ -30,6 +30,24 @@ def test_a_large_gradient_costs_few_page_faults() -> None:
     assert faults < 1500
 
 
+COUNT_THREADS = """
+import os, torch
+from fused_sce import functional as F
+torch.set_num_threads(1)  # torch starts threads with the first work for them: none while the inputs are made
+x, t = torch.randn(1000, 1000), torch.zeros(1000, 1000)
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+F.binary_cross_entropy_with_logits(x, t)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+def test_a_large_loss_is_computed_by_all_threads() -> None:
+    run = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "2", run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("isa", _extension._C.available_isas().split())
 def test_many_python_threads_agree_with_one(isa: str) -> None:
     run = subprocess.run(
