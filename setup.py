@@ -31,9 +31,9 @@ CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"
 NVCC_FLAGS = ["-O3", "--fmad=false", "--threads=2", "-Werror=cross-execution-space-call"]
 
 
-# at::parallel_for is a template, and serial where its includer is compiled without OpenMP. What GCC makes of it are calls
-# of the runtime that torch has loaded, and linking one ourselves could bring a second, with threads of its own; other
-# compilers call another runtime, which torch may not have.
+# at::parallel_for is a template, and serial where its includer is compiled without OpenMP. What GCC makes of it are
+# calls of the runtime that torch has loaded, and linking one ourselves could bring a second, with threads of its own;
+# other compilers call another runtime, which torch may not have.
 OPENMP = ["-fopenmp"]
 
 
@@ -139,6 +139,7 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/autograd.cpp",
     "csrc/ops.cpp",
+    "csrc/shortcut.cpp",
     "csrc/cpu/avx2.cpp",
     "csrc/cpu/avx512.cpp",
     "csrc/cpu/baseline.cpp",

@@ -1,7 +1,9 @@
-// fused_sce._C: loading it registers the ops; its attributes say what was built.
+// fused_sce._C: loading it registers the ops; its attributes say what was built, usual_loss is the short way to the
+// ops.
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
+#include "shortcut.h"
 
 #ifndef FUSED_SCE_CUDA_ARCHS
 #define FUSED_SCE_CUDA_ARCHS ""
@@ -21,4 +23,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = FUSED_SCE_CUDA_ARCHS;      // as TORCH_CUDA_ARCH_LIST
   m.def("available_isas", &fused_sce::cpu::available_isas, "CPU instruction sets that can run here, best first.");
   m.def("isa", [] { return fused_sce::cpu::kernels().isa; }, "The CPU instruction set in use.");
+  fused_sce::add_shortcut(m);
 }

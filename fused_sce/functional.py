@@ -59,6 +59,10 @@ def binary_cross_entropy_with_logits(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if not torch.compiler.is_compiling():
+        loss: Tensor | None = _C.usual_loss(input, target, weight, pos_weight, reduction, False)
+        if loss is not None:
+            return loss
     check_reduction(reduction)
     check_tensors(input, target, weight, pos_weight)
     return _reduced(input, target, weight, pos_weight, reduction)
@@ -91,6 +95,10 @@ def sigmoid_cross_entropy(
         ValueError: `target`'s shape differs from `input`'s, `reduction` is unknown, or "sum_classes" met a scalar.
         RuntimeError: `weight` or `pos_weight` does not broadcast, or tensors are on different devices.
     """
+    if not torch.compiler.is_compiling():
+        loss: Tensor | None = _C.usual_loss(input, target, weight, pos_weight, reduction, False)
+        if loss is not None:
+            return loss
     check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
     check_tensors(input, target, weight, pos_weight)
     if reduction == "sum_classes" and input.dim() == 0:
@@ -128,6 +136,10 @@ def multilabel_soft_margin_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if not torch.compiler.is_compiling():
+        loss: Tensor | None = _C.usual_loss(input, target, weight, None, reduction, True)
+        if loss is not None:
+            return loss
     check_reduction(reduction)
     check_tensors(input, target, weight, None)
     if input.dim() == 0:
