@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= output
-CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test sweep sanitize bench lint format wheel clean help
+.PHONY: setup demo test sweep kernel sanitize bench lint format wheel clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,13 @@ build/sweep: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/cpu/*)
 
 sweep: build/sweep  ## Check every float32, bfloat16 and float16 logit against float64 (minutes)
 	build/sweep 1
+
+build/kernel: benchmarks/kernel.cpp $(wildcard csrc/*.h csrc/cpu/*)
+	mkdir -p build
+	$(CXX) -O3 -g $(KERNEL_FLAGS) benchmarks/kernel.cpp $(KERNELS) -o $@
+
+kernel: build/kernel  ## Time the CPU kernels alone, without torch, for every instruction set
+	build/kernel
 
 # cuda_threads runs the CPU kernels on every type, stride and odd length, from arrays that end where their memory ends. It
 # compares with what a GPU does, so with fused multiply-add throughout.
