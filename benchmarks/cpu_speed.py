@@ -85,7 +85,10 @@ def losses_256_1000(dtype: torch.dtype) -> Candidates:
     """All losses on 256 x 1000."""
     logits, target = inputs((256, 1000), dtype)
     fused, fused_soft_margin = fused_sce.BCEWithLogitsLoss(), fused_sce.MultiLabelSoftMarginLoss()
+    buffer = torch.zeros_like(logits)
     return {
+        # In no line, to compare with: the least that any loss must do, reading both inputs and writing as much.
+        "add": lambda: torch.add(logits.detach(), target, out=buffer),
         "fused": whole_call(fused, logits, target),
         "fused, bool": whole_call(fused, logits, target.bool()),
         "fused, uint8": whole_call(fused, logits, target.byte()),

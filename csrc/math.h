@@ -224,13 +224,13 @@ FUSED_SCE_INLINE TwoPart<T> log1p_of(TwoPart<T> e) {
 // sigmoid(-|x|) = e / (1 + e).
 template <class T>
 FUSED_SCE_INLINE T smaller_sigmoid(TwoPart<T> e) {
-  // The quotient of the upper parts, then one step of correction by what is left of e after multiplying back, over
-  // 1 + e: that is times sigmoid(|x|), which is 1 less the quotient.
-  const T denominator = T(1) + e.upper;
-  const T lost = e.upper - (denominator - T(1)) + e.lower;
-  const T quotient = e.upper / denominator;
-  const T residual = residual_of_product(quotient, denominator, e.upper) + mul_add(-quotient, lost, e.lower);
-  return mul_add(residual, T(1) - quotient, quotient);
+  // The quotient of the upper parts, then one step of correction by what it leaves of e = q + q e, over 1 + e: that is
+  // times sigmoid(|x|), which is 1 less the quotient. e.upper - q is exact, because q is at least half of e.upper (P. H.
+  // Sterbenz, 1974), so that the rounding of 1 + e does not matter.
+  const T quotient = e.upper / (T(1) + e.upper);
+  const T larger = T(1) - quotient;
+  const T residual = residual_of_product(quotient, e.upper, e.upper - quotient);
+  return mul_add(mul_add(e.lower, larger, residual), larger, quotient);
 }
 
 template <class T>
