@@ -69,6 +69,48 @@ void scatter(const Result& result, int64_t begin, int64_t count, const T* values
   });
 }
 
+// Where the elements of an operand lie that come after the present block.
+struct Upcoming {
+  const char* data;
+  int64_t element_size;  // 0: nowhere to be foretold
+};
+
+Upcoming upcoming(const Problem& problem, const Operand& operand, int64_t begin) {
+  if (!operand.contiguous || begin >= problem.numel) return {nullptr, 0};
+  int64_t size = 0;
+  visit(operand.dtype, [&](auto tag) { size = sizeof(tag); });
+  return {static_cast<const char*>(operand.data) + begin * size, size};
+}
+
+// Elements between two looks ahead.
+constexpr int64_t kStretch = 64;
+
+// Asks for elements [first, first + kStretch) of what comes: as many cache lines of 64 bytes as an element has bytes.
+FUSED_SCE_INLINE void fetch(Upcoming upcoming, int64_t first) {
+  for (int64_t line = 0; line < upcoming.element_size; ++line) {
+    __builtin_prefetch(upcoming.data + first * upcoming.element_size + line * 64);
+  }
+}
+
+template <class T, bool kPosWeight, bool kLoss, bool kGradient>
+FUSED_SCE_INLINE void loss_and_gradient(
+    int64_t count,
+    const T* __restrict__ logits,
+    const T* __restrict__ target,
+    const T* __restrict__ pos_weight,
+    const T* __restrict__ upper,
+    const T* __restrict__ lower,
+    TwoPart<T> scale,
+    T* __restrict__ loss,
+    T* __restrict__ gradient) {
+  for (int64_t i = 0; i < count; ++i) {
+    const LossAndGradient<T> result = sigmoid_cross_entropy<T, kPosWeight>(
+        logits[i], target[i], kPosWeight ? pos_weight[i] : T(1), {upper[i], lower[i]});
+    if (kLoss) loss[i] = result.loss;
+    if (kGradient) gradient[i] = mul_add(result.gradient, scale.lower, result.gradient * scale.upper);
+  }
+}
+
 // The formula over arrays of at most kBlock elements. Loss and gradient may not overlap the inputs.
 //
 // In three loops on purpose. A processor works ahead only as far as its window of waiting instructions reaches. One
@@ -77,6 +119,10 @@ void scatter(const Result& result, int64_t begin, int64_t count, const T* values
 // third of the length have several times as many elements under way, for a few more loads and stores, which are idle
 // anyway. Measured with AVX-512 (Intel Cascade Lake, operands in the cache), ns per element: one loop 1.67, two 1.30,
 // three 1.23.
+//
+// Then memory is what is waited for, and the loop that computes longest fetches the inputs of the next block meanwhile:
+// at 1024 x 9605 1.39 ns instead of 1.75, without a gradient 1.01 instead of 1.41. Fetching in the first loop, which
+// itself waits for memory, made it slower (1.5 to 2.0), fetching the gradient too gained 2 % more.
 template <class T, bool kPosWeight, bool kLoss, bool kGradient>
 void compute(
     int64_t count,
@@ -85,7 +131,9 @@ void compute(
     const T* __restrict__ pos_weight,
     TwoPart<T> scale,
     T* __restrict__ loss,
-    T* __restrict__ gradient) {
+    T* __restrict__ gradient,
+    Upcoming next_logits,
+    Upcoming next_target) {
   alignas(64) T upper[kBlock];
   alignas(64) T lower[kBlock];
   for (int64_t i = 0; i < count; ++i) {
@@ -98,12 +146,18 @@ void compute(
     upper[i] = e.upper;
     lower[i] = e.lower;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const LossAndGradient<T> result = sigmoid_cross_entropy<T, kPosWeight>(
-        logits[i], target[i], kPosWeight ? pos_weight[i] : T(1), {upper[i], lower[i]});
-    if (kLoss) loss[i] = result.loss;
-    if (kGradient) gradient[i] = mul_add(result.gradient, scale.lower, result.gradient * scale.upper);
+  const auto third_loop = [&](int64_t begin, int64_t size) {
+    loss_and_gradient<T, kPosWeight, kLoss, kGradient>(
+        size, logits + begin, target + begin, kPosWeight ? pos_weight + begin : nullptr, upper + begin, lower + begin,
+        scale, loss + begin, gradient + begin);
+  };
+  int64_t begin = 0;
+  for (; begin + kStretch <= count; begin += kStretch) {
+    fetch(next_logits, begin);
+    fetch(next_target, begin);
+    third_loop(begin, kStretch);
   }
+  third_loop(begin, count - begin);
 }
 
 template <class T, bool kLoss, bool kGradient>
@@ -114,11 +168,15 @@ void compute_block(
     const T* pos_weight,
     TwoPart<T> scale,
     T* loss,
-    T* gradient) {
+    T* gradient,
+    Upcoming next_logits,
+    Upcoming next_target) {
   if (pos_weight) {
-    compute<T, true, kLoss, kGradient>(count, logits, target, pos_weight, scale, loss, gradient);
+    compute<T, true, kLoss, kGradient>(
+        count, logits, target, pos_weight, scale, loss, gradient, next_logits, next_target);
   } else {
-    compute<T, false, kLoss, kGradient>(count, logits, target, pos_weight, scale, loss, gradient);
+    compute<T, false, kLoss, kGradient>(
+        count, logits, target, pos_weight, scale, loss, gradient, next_logits, next_target);
   }
 }
 
@@ -154,15 +212,20 @@ void compute_elements(
   const T* pos_weight =
       problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
 
+  const Upcoming next_logits = upcoming(problem, problem.logits, begin + kBlock);
+  const Upcoming next_target = upcoming(problem, problem.target, begin + kBlock);
   const bool want_gradient = bool(problem.gradient);
   const bool in_place = want_gradient && problem.gradient.dtype == DTypeOf<T>::value;
   T* gradient = in_place ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
   if (want_loss && want_gradient) {
-    compute_block<T, true, true>(count, logits, target, pos_weight, scale, block.loss, gradient);
+    compute_block<T, true, true>(
+        count, logits, target, pos_weight, scale, block.loss, gradient, next_logits, next_target);
   } else if (want_gradient) {
-    compute_block<T, false, true>(count, logits, target, pos_weight, scale, block.loss, gradient);
+    compute_block<T, false, true>(
+        count, logits, target, pos_weight, scale, block.loss, gradient, next_logits, next_target);
   } else {
-    compute_block<T, true, false>(count, logits, target, pos_weight, scale, block.loss, gradient);
+    compute_block<T, true, false>(
+        count, logits, target, pos_weight, scale, block.loss, gradient, next_logits, next_target);
   }
 
   if (problem.weight) {
