@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= output
+OUT ?= $(OUTPUT)/gpu
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test sweep kernel sanitize bench lint format wheel clean help
+.PHONY: setup demo test sweep kernel sanitize bench gpu-check lint format wheel clean help
 
 help:  ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(INSTALLED)  ## Make .venv with torch and every extra, and build the extension in place
 
@@ -72,6 +73,10 @@ sanitize: setup  ## Run the kernels under the address, undefined-behaviour and t
 bench: setup  ## Compare the losses' speed and check the promised ratios, results in output/benchmarks
 	$(BIN)/python benchmarks/compare_losses.py --output $(OUTPUT)/benchmarks
 	$(BIN)/python benchmarks/cpu_speed.py --output $(OUTPUT)/benchmarks
+
+# With the torch that is there, .venv's if there is one: nothing is installed.
+gpu-check:  ## Prove the CUDA kernels on the GPU of this machine (nine minutes), report in OUT=output/gpu
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_check.py $(OUT)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

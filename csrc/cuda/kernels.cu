@@ -10,9 +10,7 @@
 namespace fused_sce::cuda {
 namespace {
 
-__device__ Share share_of_grid(int64_t numel) {
-  return {0, numel, int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads};
-}
+__device__ int64_t thread_of_grid() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
 
 // The sum over all threads of the grid, over `divisor`, into `total`. Deterministic: blocks leave their sums in the
 // workspace, and the last one to finish adds them in the order of their numbers.
@@ -45,16 +43,17 @@ __device__ void finish_sum(double sum, double divisor, const Result& total, doub
 // these bounds nvcc 13.0 spills nothing from sm_75 to sm_120; left to choose, it spilled in a few kernels.
 template <class Access>
 constexpr int kResident = 2;
-template <class Logits>
-constexpr int kResident<Contiguous<Logits>> = 4;
+template <class Logits, class Target, bool kWeighted>
+constexpr int kResident<Contiguous<Logits, Target, kWeighted>> = sizeof(Logits) == 8 ? 2 : 4;
 
 template <class Access, Job kJob>
 __global__ void __launch_bounds__(kThreads, kResident<Access>) problem_kernel(
     const __grid_constant__ Problem problem,
     const __grid_constant__ TwoPart<typename Access::T> scale,
     const __grid_constant__ Result total,
+    int64_t threads,
     double* workspace) {
-  const double sum = Access::template run<kJob>(problem, scale, share_of_grid(problem.numel));
+  const double sum = Access::template run<kJob>(problem, scale, share_of(problem.numel, thread_of_grid(), threads));
   if constexpr (makes_sum(kJob)) finish_sum(sum, problem.divisor, total, workspace);
 }
 
@@ -94,16 +93,17 @@ __global__ void __launch_bounds__(kThreads, kResident<Access>)
 template <class Stored>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(Stored* values, int64_t numel, const __grid_constant__ Operand factor) {
-  scale_values(values, factor, share_of_grid(numel));
+  scale_values(values, factor, share_of(numel, thread_of_grid(), int64_t(gridDim.x) * kThreads));
 }
 
 template <Job kJob>
 cudaError_t launch(const Problem& problem, const Result& total, double* workspace, cudaStream_t stream) {
   const int blocks = num_blocks(problem);
-  choose_access(problem, [&](auto access, const Problem& accessed) {
+  const int64_t threads = num_threads(problem, int64_t(blocks) * kThreads);
+  choose_access<kJob>(problem, has_fixed_weights(problem, threads), [&](auto access, const Problem& accessed) {
     using Access = decltype(access);
     const auto scale = reciprocal<typename Access::T>(problem.divisor);
-    problem_kernel<Access, kJob><<<blocks, kThreads, 0, stream>>>(accessed, scale, total, workspace);
+    problem_kernel<Access, kJob><<<blocks, kThreads, 0, stream>>>(accessed, scale, total, threads, workspace);
   });
   return cudaGetLastError();
 }
@@ -127,7 +127,8 @@ cudaError_t rows(const Problem& problem, int64_t columns, int64_t count, cudaStr
   if (count == 0) return cudaSuccess;
   const int team = threads_per_row(columns, group_size(problem.logits.dtype));
   const int blocks = num_blocks(count, kThreads / team);
-  choose_access(problem, [&](auto access, const Problem& accessed) {
+  // A thread's columns differ from group to group, so weights are read with each.
+  choose_access<Job::Sum>(problem, std::false_type{}, [&](auto access, const Problem& accessed) {
     rows_kernel<decltype(access)><<<blocks, kThreads, 0, stream>>>(accessed, columns, count, team);
   });
   return cudaGetLastError();

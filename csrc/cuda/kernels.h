@@ -1,5 +1,5 @@
 // CUDA entry points. Each launches one kernel on `stream` of the current device, never waits for it, and returns the
-// launch's status. Pointers are to memory of that device.
+// launch's status. Pointers are to memory of that device; a gradient is of the logits' type.
 #pragma once
 
 #include <cuda_runtime_api.h>

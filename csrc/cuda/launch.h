@@ -65,11 +65,55 @@ inline bool is_single(const Problem& problem, const Operand& operand) {
   return true;
 }
 
-// Whether thread.h's Contiguous can run the problem; Strided can run any.
+// The same value in every row: one for each column, or one for all.
+inline bool is_same_in_every_row(const Problem& problem, const Operand& operand) {
+  if (!operand || is_single(problem, operand)) return true;
+  if (operand.contiguous) return false;
+  for (int dim = 0; dim < problem.ndim - 1; ++dim) {
+    if (operand.strides[dim] != 0) return false;
+  }
+  return true;
+}
+
+// Columns after which weight and pos_weight, the same in every row, repeat.
+inline int64_t period_of_weights(const Problem& problem) {
+  const auto is_constant = [&](const Operand& operand) { return !operand || is_single(problem, operand); };
+  return is_constant(problem.weight) && is_constant(problem.pos_weight) ? 1 : problem.sizes[problem.ndim - 1];
+}
+
+// How many of `threads` may take part so that a thread has the same columns in each of its groups, and can keep their
+// weights in registers: all where a thread has one group, else a multiple of the groups after which columns repeat. 0:
+// there are more columns than that.
+constexpr int64_t threads_with_fixed_columns(int64_t threads, int64_t numel, int group, int64_t columns) {
+  if (divide_up(numel, group) <= threads) return threads;
+  int64_t groups = columns;  // columns / gcd(columns, group); a group is a power of two
+  for (int factor = 2; factor <= group && groups % 2 == 0; factor *= 2) groups /= 2;
+  return threads / groups * groups;
+}
+
+// Threads among which a problem is divided, of those `launched` for it.
+inline int64_t num_threads(const Problem& problem, int64_t launched) {
+  if (!problem.weight && !problem.pos_weight) return launched;
+  if (!is_same_in_every_row(problem, problem.weight) || !is_same_in_every_row(problem, problem.pos_weight)) {
+    return launched;
+  }
+  const int group = group_size(problem.logits.dtype);
+  const int64_t fixed = threads_with_fixed_columns(launched, problem.numel, group, period_of_weights(problem));
+  return fixed > 0 ? fixed : launched;
+}
+
+// Whether thread.h's Contiguous can run the problem, its weights apart.
 inline bool is_contiguous(const Problem& problem) {
   const bool upstream = !problem.upstream || problem.upstream.contiguous || is_single(problem, problem.upstream);
-  return problem.logits.contiguous && problem.target.contiguous && !problem.weight && !problem.pos_weight && upstream &&
+  return problem.logits.contiguous && problem.target.contiguous && upstream &&
          problem.in_double == (problem.logits.dtype == DType::Float64);
+}
+
+// Whether every thread of `threads` can keep the weights in registers.
+inline bool has_fixed_weights(const Problem& problem, int64_t threads) {
+  const int group = group_size(problem.logits.dtype);
+  return is_same_in_every_row(problem, problem.weight) && is_same_in_every_row(problem, problem.pos_weight) &&
+         threads_with_fixed_columns(threads, problem.numel, group, period_of_weights(problem)) == threads;
 }
 
 // The problem as Strided reads it: contiguous operands have strides, too.

@@ -1,8 +1,10 @@
-// The CUDA kernels without a GPU: runs csrc/cuda/thread.h for every thread of a grid on the CPU and compares with the
-// CPU kernels, element results bit for bit. tests/test_cuda_threads.py compiles and runs it; exit status 0 is success.
+// The CUDA kernels without a GPU: runs csrc/cuda/thread.h for every thread of a grid on the CPU and compares element
+// results with the CPU kernels bit for bit; sums over 16-bit logits and their gradients, which have a formula of their
+// own on a GPU, with exact values. tests/test_cuda_threads.py compiles and runs it; exit status 0 is success.
 //
 // Arrays end where their allocation ends, so that with -fsanitize=address a read or write past an operand is an error,
 // and with -fsanitize=undefined so is a wide load from an address that is not aligned for it.
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -172,27 +174,38 @@ void fill_weight(Array& array) {
   for (int64_t i = 0; i < array.length(); ++i) array.set(i, random_between(0.0, 5.0));
 }
 
-// What thread `share.thread` of a launch does.
-double run_thread(const Problem& problem, Job job, Share share) {
+bool is_16bit(DType dtype) { return dtype == DType::BFloat16 || dtype == DType::Float16; }
+
+// What thread `share.thread` of a launch does. `keeps_weights`: std::false_type{} for rows, as in kernels.cu.
+template <Job kJob, class KeepsWeights>
+double run_job(const Problem& problem, KeepsWeights keeps_weights, Share share) {
   double sum = 0.0;
-  cuda::choose_access(problem, [&](auto access, const Problem& accessed) {
+  cuda::choose_access<kJob>(problem, keeps_weights, [&](auto access, const Problem& accessed) {
     using Access = decltype(access);
-    const auto scale = reciprocal<typename Access::T>(problem.divisor);
-    switch (job) {
-      case Job::Loss: sum = Access::template run<Job::Loss>(accessed, scale, share); break;
-      case Job::Gradient: sum = Access::template run<Job::Gradient>(accessed, scale, share); break;
-      case Job::Sum: sum = Access::template run<Job::Sum>(accessed, scale, share); break;
-      case Job::SumAndGradient: sum = Access::template run<Job::SumAndGradient>(accessed, scale, share); break;
-    }
+    sum = Access::template run<kJob>(accessed, reciprocal<typename Access::T>(problem.divisor), share);
   });
   return sum;
 }
 
-// The sums of all threads of a grid of `blocks`, run one after the other.
+double run_thread(const Problem& problem, Job job, Share share) {
+  const bool fixed = cuda::has_fixed_weights(problem, share.threads);
+  switch (job) {
+    case Job::Loss: return run_job<Job::Loss>(problem, fixed, share);
+    case Job::Gradient: return run_job<Job::Gradient>(problem, fixed, share);
+    case Job::Sum: return run_job<Job::Sum>(problem, fixed, share);
+    default: return run_job<Job::SumAndGradient>(problem, fixed, share);
+  }
+}
+
+double run_row(const Problem& problem, Share share) { return run_job<Job::Sum>(problem, std::false_type{}, share); }
+
+// The sums of all threads of a grid of `blocks` (0: those of the launch), run one after the other.
 std::vector<double> run_grid(const Problem& problem, Job job, int blocks) {
-  std::vector<double> sums(size_t(blocks) * kThreads);
-  for (size_t thread = 0; thread < sums.size(); ++thread) {
-    sums[thread] = run_thread(problem, job, {0, problem.numel, int64_t(thread), int64_t(sums.size())});
+  const int64_t launched = int64_t(blocks ? blocks : cuda::num_blocks(problem)) * kThreads;
+  const int64_t threads = cuda::num_threads(problem, launched);
+  std::vector<double> sums(launched);
+  for (int64_t thread = 0; thread < launched; ++thread) {
+    sums[thread] = run_thread(problem, job, cuda::share_of(problem.numel, thread, threads));
   }
   return sums;
 }
@@ -223,24 +236,114 @@ void expect_same(const Array& got, const Array& want, const std::string& what) {
       first >= 0 && got.is_poison(first) ? " (never written)" : "");
 }
 
-// Does `job` with every thread of a grid (of the launch's size unless `blocks` is given) and compares with the CPU.
-// `problem` has no results yet; they are of type `result`, `shift` elements behind an aligned address.
-void check_job(Problem problem, Job job, DType result, int64_t shift, const std::string& what, int blocks = 0) {
-  const int64_t numel = problem.numel;
-  const std::string title = what + ", " + name_of(job) + " as " + name_of(result);
-  Array got(result, numel, shift);
-  Array want(result, numel);
-  const bool writes = job != Job::Sum;
+// Loss and gradient of element i of a problem in double, and the size of the terms that the gradient is made of.
+struct ExactElement {
+  double loss;
+  double gradient;
+  double terms;
+};
 
-  Problem reference = problem;
-  (job == Job::Loss ? reference.loss : reference.gradient) = writes ? want.result() : Result{};
-  const double sum = run_reference(reference);
+double value_at(const Problem& problem, const Operand& operand, int64_t i) {
+  if (!operand) return 1.0;
+  const int64_t position = operand.contiguous ? i : offset_of(problem, operand, i);
+  return cuda::load_element<double>(operand, position);
+}
+
+ExactElement exact_element(const Problem& problem, int64_t i) {
+  const double x = value_at(problem, problem.logits, i);
+  const double t = value_at(problem, problem.target, i);
+  const double weight = value_at(problem, problem.weight, i);
+  const double upstream = value_at(problem, problem.upstream, i) / problem.divisor;
+  const LossAndGradient<double> exact =
+      sigmoid_cross_entropy<double, true>(x, t, value_at(problem, problem.pos_weight, i));
+  const double total = std::fabs(1.0 - t) + std::fabs(value_at(problem, problem.pos_weight, i) * t);
+  return {exact.loss * weight, exact.gradient * weight * upstream, total * std::fabs(weight * upstream)};
+}
+
+// |got - want| in units of the last place of `want` in a 16-bit type; below its normal numbers in subnormal steps.
+double ulps_16bit(DType dtype, double got, double want) {
+  if (got == want || (std::isnan(got) && std::isnan(want))) return 0.0;
+  const bool is_bfloat = dtype == DType::BFloat16;
+  const double largest = is_bfloat ? 0x1.fep127 : 65504.0;
+  if (std::isinf(got) && std::fabs(want) > largest) return 0.0;
+  if (!std::isfinite(got) || !std::isfinite(want)) return INFINITY;
+  const int exponent = want == 0.0 ? -1000 : std::ilogb(want);
+  const int smallest = is_bfloat ? -126 : -14;
+  return std::fabs(got - want) / std::ldexp(1.0, std::max(exponent, smallest) - (is_bfloat ? 7 : 10));
+}
+
+// Gradients of 16-bit logits, for targets 0 and 1 within 0.51 ULP of the exact ones; in between both terms may cancel,
+// and the bound is 2^-20 of their size beside it.
+void expect_rounded(const Problem& problem, const Array& got, const std::string& what) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < got.length(); ++i) {
+    const ExactElement exact = exact_element(problem, i);
+    const double t = value_at(problem, problem.target, i);
+    const double slack = t == 0.0 || t == 1.0 ? 0.0 : exact.terms * 0x1p-20;
+    const double nearest = std::fabs(got.get(i) - exact.gradient) <= slack ? got.get(i) : exact.gradient;
+    const double error = ulps_16bit(got.dtype(), got.get(i), nearest);
+    const double with_slack = ulps_16bit(got.dtype(), got.get(i), nearest + (got.get(i) > nearest ? slack : -slack));
+    if (std::min(error, with_slack) <= 0.51) continue;
+    if (!wrong++) {
+      expect(
+          false, "%s: element %lld is %.9g, want %.9g (%.3f ULP)%s", what.c_str(), (long long)i, got.get(i),
+          exact.gradient, error, got.is_poison(i) ? " (never written)" : "");
+    }
+  }
+  expect(wrong == 0, "%s: %lld of %lld too far off", what.c_str(), (long long)wrong, (long long)got.length());
+}
+
+// A sum of losses by the formula for 16-bit logits, and how far off it may be: what math.h says of each element, and
+// the float additions of a group of eight.
+struct Bounded {
+  double value = 0.0;
+  double bound = 0.0;
+};
+
+Bounded exact_sum(const Problem& problem, int64_t begin, int64_t end) {
+  Bounded sum;
+  for (int64_t i = begin; i < end; ++i) {
+    const double loss = exact_element(problem, i).loss;
+    sum.value += std::fabs(loss) > 0x1.fffffep127 ? INFINITY : loss;  // as a float, which is what is added up
+    const double x = std::fabs(value_at(problem, problem.logits, i));
+    sum.bound += std::fabs(loss) * (0x1p-20 + std::fmin(x, 104.0) * 0x1p-23 + 8 * 0x1p-24) + 0x1p-149;
+  }
+  return sum;
+}
+
+void expect_near(double sum, const Bounded& exact, const std::string& what) {
+  const bool same = sum == exact.value || (std::isnan(sum) && std::isnan(exact.value));
+  expect(
+      same || std::fabs(sum - exact.value) <= exact.bound, "%s: sum %.17g, want %.17g within %g", what.c_str(), sum,
+      exact.value, exact.bound);
+}
+
+// Does `job` with every thread of a grid (of the launch's size unless `blocks` is given) and compares with the CPU, or
+// with exact values where the GPU has its own formula. `problem` has no results yet; a loss is of type `loss_type`, a
+// gradient of the logits', `shift` elements behind an aligned address.
+void check_job(Problem problem, Job job, DType loss_type, int64_t shift, const std::string& what, int blocks = 0) {
+  const int64_t numel = problem.numel;
+  const DType result = job == Job::Loss ? loss_type : problem.logits.dtype;
+  const std::string title = what + ", " + name_of(job) + " as " + name_of(result);
+  const bool is_rounded = is_16bit(problem.logits.dtype) && !problem.in_double && cuda::makes_sum(job);
+  const bool writes = job != Job::Sum;
+  Array got(result, numel, shift);
 
   (job == Job::Loss ? problem.loss : problem.gradient) = writes ? got.result() : Result{};
-  const std::vector<double> sums = run_grid(problem, job, blocks ? blocks : cuda::num_blocks(problem));
+  const double sum = total_of(run_grid(problem, job, blocks));
+
+  if (is_rounded) {
+    if (writes) expect_rounded(problem, got, title);
+    const Bounded exact = exact_sum(problem, 0, numel);
+    if (cuda::makes_sum(job)) expect_near(sum, exact, title);
+    return;
+  }
+  Array want(result, numel);
+  (job == Job::Loss ? problem.loss : problem.gradient) = writes ? want.result() : Result{};
+  const double want_sum = run_reference(problem);
   if (writes) expect_same(got, want, title);
   if (cuda::makes_sum(job)) {
-    expect(close(total_of(sums), sum, 1e-14), "%s: sum %.17g, want %.17g", title.c_str(), total_of(sums), sum);
+    expect(close(sum, want_sum, 1e-14), "%s: sum %.17g, want %.17g", title.c_str(), sum, want_sum);
   }
 }
 
@@ -287,6 +390,27 @@ void test_launch() {
       expect(kThreads % team == 0, "%d threads for a row", team);
     }
   }
+  for (int group : {2, 4, 8}) {
+    for (int64_t columns : {1, 2, 3, 7, 8, 80, 1000, 1003, 9605, 1 << 20, (1 << 20) + 1}) {
+      for (int64_t numel = columns; numel <= (int64_t(1) << 40); numel = numel * 5 / 2 + columns) {
+        const int64_t groups = cuda::divide_up(numel, group);
+        const int64_t launched = int64_t(cuda::num_blocks(groups, kThreads)) * kThreads;
+        const int64_t threads = cuda::threads_with_fixed_columns(launched, numel, group, columns);
+        expect(0 <= threads && threads <= launched, "%lld of %lld threads", (long long)threads, (long long)launched);
+        expect(
+            groups <= launched || threads * group % columns == 0, "columns change: %lld threads, %lld columns",
+            (long long)threads, (long long)columns);
+        expect(
+            threads > launched / 2 || columns > launched, "%lld of %lld threads for %lld columns", (long long)threads,
+            (long long)launched, (long long)columns);
+        expect(
+            cuda::threads_with_fixed_columns(threads, numel, group, columns) == threads, "%lld threads are not kept",
+            (long long)threads);
+      }
+    }
+  }
+  const Share nothing = cuda::share_of(100, 7, 7);
+  expect(nothing.begin == nothing.end, "a thread beyond those that share has nothing");
   expect(cuda::threads_per_row(0, 4) == 1, "an empty row has a thread, which writes its sum");
   expect(cuda::threads_per_row(5, 4) == 2, "five float32 columns are two groups");
   for (DType dtype : kFloatTypes) {
@@ -315,8 +439,7 @@ void test_contiguous() {
           const bool mixed = target_type == DType::Float64 && logits_type != DType::Float64;
           expect(cuda::is_contiguous(problem) != mixed, "%s: wrong way", describe("contiguous", problem).c_str());
           for (Job job : kJobs) {
-            const DType result = job == Job::Loss ? kFloatTypes[turn % 4] : turn % 2 ? logits_type : DType::Float32;
-            check_job(problem, job, result, (turn / 2) % 2, describe("contiguous", problem));
+            check_job(problem, job, kFloatTypes[turn % 4], (turn / 2) % 2, describe("contiguous", problem));
           }
           problem.upstream = upstream.contiguous();
           expect(cuda::is_contiguous(problem) != mixed, "%s: wrong way", describe("upstream", problem).c_str());
@@ -437,6 +560,122 @@ void test_upstream_by_row() {
   }
 }
 
+// One weight or pos_weight for each column, kept in registers: all jobs and types, one value for all, columns that
+// repeat after any number of groups, threads with several groups, unaligned starts.
+void test_weights_in_registers() {
+  int turn = 0;
+  for (DType logits_type : kFloatTypes) {
+    for (DType target_type : kAllTypes) {
+      for (int64_t columns : {1, 3, 4, 5, 8, 20, 24, 77, 80, 1000}) {
+        for (int64_t rows : {1, 2, 41}) {
+          ++turn;
+          if (target_type == DType::Float64 && logits_type != DType::Float64) continue;  // in double: Strided
+          const int64_t numel = rows * columns;
+          Array logits(logits_type, numel, turn % 2);
+          Array target(target_type, numel, turn % 3 == 0);
+          Array weight(kAllTypes[turn % 10], columns);
+          Array pos_weight(kAllTypes[(turn + 2) % 10], columns, turn % 3);
+          fill_logits(logits, turn % 2);
+          fill_target(target);
+          fill_weight(weight);
+          fill_weight(pos_weight);
+          Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+          problem.ndim = 2;
+          problem.sizes[0] = rows;
+          problem.sizes[1] = columns;
+          if (turn % 3 != 1) problem.weight = weight.strided({0, turn % 7 == 0 ? 0 : 1});
+          if (turn % 3 != 2) problem.pos_weight = pos_weight.strided({0, turn % 5 == 0 ? 0 : 1});
+          for (int blocks : {0, 1}) {
+            const int64_t launched = int64_t(blocks ? blocks : cuda::num_blocks(problem)) * kThreads;
+            const int64_t threads = cuda::num_threads(problem, launched);
+            expect(
+                cuda::has_fixed_weights(problem, threads) || columns == 1000, "%s",
+                describe("weights", problem).c_str());
+            for (Job job : kJobs) {
+              check_job(problem, job, kFloatTypes[turn % 4], turn / 2 % 2, describe("weights", problem), blocks);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The formula for 16-bit logits, for every logit and for a special-function unit that errs as far as it may.
+struct ErringUnit {
+  static float exp2(float x) {
+    const double exact = std::exp2(double(x)) * (1.0 + exp2_error);
+    return exact < 0x1p-126 ? 0.0f : float(exact);
+  }
+  static float reciprocal(float x) { return float((1.0 + reciprocal_error) / double(x)); }
+  static inline double exp2_error;
+  static inline double reciprocal_error;
+};
+
+void test_16bit_formula() {
+  for (double exp2_sign : {-1.0, 0.0, 1.0}) {
+    for (double reciprocal_sign : {-1.0, 0.0, 1.0}) {
+      ErringUnit::exp2_error = exp2_sign * 0x1p-22;              // 2 ULP
+      ErringUnit::reciprocal_error = reciprocal_sign * 0x1p-23;  // 1 ULP
+      for (DType dtype : {DType::BFloat16, DType::Float16}) {
+        double worst_loss = 0.0;
+        double worst_gradient = 0.0;
+        for (uint32_t bits = 0; bits < 65536; ++bits) {
+          const float x =
+              dtype == DType::BFloat16 ? to_float(BFloat16{uint16_t(bits)}) : to_float(Float16{uint16_t(bits)});
+          for (float t : {0.0f, 1.0f}) {
+            const auto got = sigmoid_cross_entropy_16bit<false, ErringUnit>(x, t, 1.0f);
+            const auto weighted = sigmoid_cross_entropy_16bit<true, ErringUnit>(x, t, 1.0f);
+            const auto exact = sigmoid_cross_entropy<double, false>(x, t, 1.0);
+            for (const auto& each : {got, weighted}) {
+              const double gradient =
+                  dtype == DType::BFloat16 ? to_float(to_bfloat16(each.gradient)) : to_float(to_float16(each.gradient));
+              worst_gradient = std::max(worst_gradient, ulps_16bit(dtype, gradient, exact.gradient));
+              if (std::isinf(x) && exact.loss == 0.0) {
+                expect(std::isnan(each.loss), "an infinite logit must be noticed");
+              } else if (exact.loss >= 0x1p-126 && !std::isinf(exact.loss)) {
+                const double bound = exact.loss * (0x1p-20 + std::fmin(std::fabs(x), 104.0) * 0x1p-23);
+                worst_loss = std::max(worst_loss, std::fabs(each.loss - exact.loss) / bound);
+              } else {
+                // below: within one subnormal step, so that nothing is lost
+                const bool same = each.loss == exact.loss || (std::isnan(each.loss) && std::isnan(exact.loss));
+                expect(
+                    same || std::fabs(each.loss - exact.loss) <= 0x1p-149 + exact.loss * 0x1p-16, "%g: %g", x,
+                    each.loss);
+              }
+            }
+          }
+        }
+        expect(worst_gradient <= 0.51, "%s gradient: %.4f ULP", name_of(dtype), worst_gradient);
+        expect(worst_loss <= 1.0, "%s loss: %.3f of the bound", name_of(dtype), worst_loss);
+      }
+    }
+  }
+}
+
+// e / (1 + e) by steps against the division, for a reciprocal that errs as far as it may.
+void test_quotient() {
+  int64_t wrong = 0;
+  const uint32_t one = bit_cast<uint32_t>(1.0f);
+  for (double sign : {-1.0, 0.0, 1.0}) {
+    ErringUnit::reciprocal_error = sign * 0x1p-23;
+    // A prime step, and the floats around 2^-24, from where on 1 + e is more than 1.
+    for (uint32_t bits = 0; bits <= one; bits += 101) {
+      const float e = bit_cast<float>(bits);
+      wrong += quotient_by_steps<ErringUnit>(e, 1.0f + e) != e / (1.0f + e);
+    }
+    for (uint32_t bits = bit_cast<uint32_t>(0x1p-25f); bits < bit_cast<uint32_t>(0x1p-23f); bits += 3) {
+      const float e = bit_cast<float>(bits);
+      wrong += quotient_by_steps<ErringUnit>(e, 1.0f + e) != e / (1.0f + e);
+    }
+    for (uint32_t bits = one - 100000; bits <= one; ++bits) {
+      const float e = bit_cast<float>(bits);
+      wrong += quotient_by_steps<ErringUnit>(e, 1.0f + e) != e / (1.0f + e);
+    }
+  }
+  expect(wrong == 0, "%lld quotients are not the nearest float", (long long)wrong);
+}
+
 // As many dimensions as there may be, in any order of strides.
 void test_dimensions() {
   const int64_t sizes[kMaxDims] = {2, 3, 2, 5, 3, 4};
@@ -521,12 +760,17 @@ void test_rows() {
       for (int64_t row = 0; row < count; ++row) {
         double sum = 0.0;
         for (int thread = 0; thread < team; ++thread) {
-          sum += run_thread(problem, Job::Sum, {row * columns, (row + 1) * columns, thread, team});
+          sum += run_row(problem, {row * columns, (row + 1) * columns, thread, team});
         }
-        expect(
-            close(sum / problem.divisor, want.get(row), 1e-13), "%s, row %lld of %lld columns: %.17g, want %.17g",
-            describe("rows", problem).c_str(), (long long)row, (long long)columns, sum / problem.divisor,
-            want.get(row));
+        const std::string what =
+            describe("rows", problem) + ", row " + std::to_string(row) + " of " + std::to_string(columns) + " columns";
+        if (is_16bit(dtype)) {
+          expect_near(sum, exact_sum(problem, row * columns, (row + 1) * columns), what);
+        } else {
+          expect(
+              close(sum / problem.divisor, want.get(row), 1e-13), "%s: %.17g, want %.17g", what.c_str(),
+              sum / problem.divisor, want.get(row));
+        }
       }
     }
   }
@@ -626,6 +870,9 @@ int main() {
       {"grids", test_grids},
       {"written once", test_written_once},
       {"strided", test_strided},
+      {"weights", test_weights_in_registers},
+      {"16-bit formula", test_16bit_formula},
+      {"quotient", test_quotient},
       {"upstream by row", test_upstream_by_row},
       {"dimensions", test_dimensions},
       {"sum order", test_sum_order},
