@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BUDGET = 540.0  # seconds for all steps: nine minutes
@@ -38,6 +40,9 @@ BUDGET = 540.0  # seconds for all steps: nine minutes
 BENCHMARK = 110.0
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OTHER_TESTS = ("example", "recipes", "heads")  # about models: they need more packages, and no GPU
+
+
+Report = dict[str, Any]
 
 
 @dataclass
@@ -70,7 +75,8 @@ def run(step: Step, limit: float) -> Outcome:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     try:
-        done = subprocess.run(
+        # In a group of its own, so that what the step started can be stopped with it.
+        process = subprocess.Popen(
             step.command,
             cwd=ROOT,
             env=environment,
@@ -78,17 +84,18 @@ def run(step: Step, limit: float) -> Outcome:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=limit,
-            check=False,
+            start_new_session=True,
         )
-        note = "" if done.returncode == 0 else f"exit status {done.returncode}"
-        held, output = done.returncode == 0, done.stdout
-    except subprocess.TimeoutExpired as late:
-        held, note = False, f"stopped after {limit:.0f} s"
-        output = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
     except OSError as error:
-        held, note, output = False, str(error), ""
-    return Outcome(step.name, held, time.monotonic() - start, note, output)
+        return Outcome(step.name, held=False, seconds=0.0, note=str(error))
+    try:
+        output, _ = process.communicate(timeout=limit)
+        note = "" if process.returncode == 0 else f"exit status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        note = f"stopped after {limit:.0f} s"
+    return Outcome(step.name, not note, time.monotonic() - start, note, output)
 
 
 def build() -> Step:
@@ -157,58 +164,58 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def test_counts(junit: Path) -> dict[str, int]:
-    """Tests, failures, errors and skipped of a JUnit file; empty if there is none."""
-    if not junit.exists():
-        return {}
-    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
-    return {key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
+def read_tests(junit: Path) -> tuple[dict[str, int], list[str]]:
+    """Of a JUnit file the number of tests, failures, errors and skipped, and the names that did not pass.
 
-
-def failed_tests(junit: Path) -> list[str]:
-    """Names of the tests that did not pass."""
-    if not junit.exists():
-        return []
-    cases = ElementTree.parse(junit).getroot().iter("testcase")
-    return [
+    Both empty if there is none, or a part of one.
+    """
+    try:
+        root = ElementTree.parse(junit).getroot()
+    except (OSError, ElementTree.ParseError):
+        return {}, []
+    suites = list(root.iter("testsuite"))
+    counts = {
+        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    }
+    failed = [
         f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
+        for case in root.iter("testcase")
         if case.find("failure") is not None or case.find("error") is not None
     ]
+    return counts, failed
 
 
-def summary(report: dict[str, object], outcomes: list[Outcome], speed: dict[str, object], junit: Path) -> str:
+def read_speed(path: Path) -> dict[str, Any]:
+    """What the benchmark wrote; empty if nothing, or not all of it."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def summary(report: Report, outcomes: list[Outcome]) -> str:
     """One page of Markdown."""
-    facts = report["environment"]
-    assert isinstance(facts, dict)
+    facts, speed = report["environment"], report["speed"]
     lines = [f"# {facts['card']}, {facts['date']}", ""]
     lines += [", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("card", "date")), ""]
     lines += ["| step | held | seconds | |", "| --- | --- | ---: | --- |"]
     lines += [f"| {o.name} | {'yes' if o.held else '**no**'} | {o.seconds:.0f} | {o.note} |" for o in outcomes]
-    counts = test_counts(junit)
-    if counts:
-        lines += ["", ", ".join(f"{number} {name}" for name, number in counts.items()) + "."]
-        lines += [f"* failed: `{name}`" for name in failed_tests(junit)[:20]]
-    promises = speed.get("lines")
-    if isinstance(promises, list):
+    if report["tests"]:
+        lines += ["", ", ".join(f"{number} {name}" for name, number in report["tests"].items()) + "."]
+        lines += [f"* failed: `{name}`" for name in report["failed_tests"][:20]]
+    if speed:
         lines += ["", "| forward + backward | against | ratio | bar | met |", "| --- | --- | ---: | --- | --- |"]
-        for line in promises:
+        for line in speed["lines"]:
             bar = f"at {'least' if line['at_least'] else 'most'} {line['bar']:g}"
             met = "yes" if line["met"] else "**no**"
             lines.append(f"| {line['group']} | {line['work']} | {line['ratio']:.3g} | {bar} | {met} |")
-    launches = speed.get("launches")
-    if isinstance(launches, dict):
-        counted = ", ".join(f"{name} {count:g}" for name, count in launches.items())
+    if "launches" in speed:
+        counted = ", ".join(f"{name} {count:g}" for name, count in speed["launches"].items())
         lines += ["", f"Kernels launched, forward + backward: {counted}."]
-    medians = speed.get("median_seconds")
-    if isinstance(medians, dict):
-        elements = speed["environment"]["elements"]  # type: ignore[index]
-        lines += ["", f"| medians (large: {elements} elements) | µs |", "| --- | ---: |"]
-        lines += [
-            f"| {group}: {name} | {median * 1e6:,.1f} |"
-            for group, times in medians.items()
-            for name, median in times.items()
-        ]
+    if speed:
+        lines += ["", f"| medians (large: {speed['environment']['elements']} elements) | µs |", "| --- | ---: |"]
+        for group, times in speed["median_seconds"].items():
+            lines += [f"| {group}: {name} | {median * 1e6:,.1f} |" for name, median in times.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -273,19 +280,18 @@ def main(arguments: list[str] | None = None) -> int:
     facts = {**facts, "date": datetime.date.today().isoformat(), "commit": commit()}
     outcomes = run_all(out, options.budget)
     write_log(out / "log.txt", outcomes)
-    measured = out / "gpu_speed.json"
-    speed = json.loads(measured.read_text()) if measured.exists() else {}
-    measured.unlink(missing_ok=True)  # it is in the report
-    report: dict[str, object] = {
+    counts, failed = read_tests(out / "tests.xml")
+    report: Report = {
         "environment": facts,
         "steps": [{"name": o.name, "held": o.held, "seconds": round(o.seconds, 1), "note": o.note} for o in outcomes],
-        "tests": test_counts(out / "tests.xml"),
-        "failed_tests": failed_tests(out / "tests.xml"),
-        "speed": speed,
+        "tests": counts,
+        "failed_tests": failed,
+        "speed": read_speed(out / "gpu_speed.json"),
     }
+    (out / "gpu_speed.json").unlink(missing_ok=True)  # it is in the report
     name = f"gpu_{re.sub(r'[^A-Za-z0-9]+', '_', facts['card'])}_{facts['date']}"
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / f"{name}.md").write_text(summary(report, outcomes, speed, out / "tests.xml"))
+    (out / f"{name}.md").write_text(summary(report, outcomes))
     print(f"\nwritten: {out}/{name}.md, {name}.json, tests.xml, log.txt, gpu_speed.png")
     return 0 if all(outcome.held for outcome in outcomes) else 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gpu_check
@@ -145,6 +146,24 @@ def test_results_of_an_earlier_run_do_not_count(steps: dict[str, list[str]], tmp
     gpu_check.main([str(tmp_path)])
     report, _ = report_in(tmp_path)
     assert report["tests"] == {}
+
+
+@pytest.mark.parametrize("name", ["tests.xml", "gpu_speed.json"])
+def test_half_a_result_is_none(name: str, steps: dict[str, list[str]], tmp_path: Path) -> None:
+    steps["tests"] = [sys.executable, "-c", f"open({str(tmp_path / name)!r}, 'w').write('<{{'); raise SystemExit(1)"]
+    assert gpu_check.main([str(tmp_path)]) == 1
+    report, _ = report_in(tmp_path)
+    assert report["tests"] == {}
+    assert report["speed"] == {}
+
+
+def test_what_a_stopped_step_had_started_is_stopped_too(tmp_path: Path) -> None:
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    outcome = gpu_check.run(gpu_check.Step("hangs", [sys.executable, "-c", parent]), limit=1)
+    assert not outcome.held
+    time.sleep(2)
+    assert not (tmp_path / "alive").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -601,6 +601,19 @@ void test_weights_in_registers() {
   }
 }
 
+// A bool is true if its byte is not 0, whatever else it is.
+void test_any_byte_is_true() {
+  for (DType dtype : kFloatTypes) {
+    const int64_t numel = 1021;
+    Array logits(dtype, numel);
+    Array target(DType::Bool, numel);
+    fill_logits(logits);
+    for (int64_t i = 0; i < numel; ++i) static_cast<uint8_t*>(target.data())[i] = uint8_t(random_bits() % 4 ? i : 0);
+    const Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+    for (Job job : kJobs) check_job(problem, job, dtype, 0, describe("bytes as bool", problem));
+  }
+}
+
 // The formula for 16-bit logits, for every logit and for a special-function unit that errs as far as it may.
 struct ErringUnit {
   static float exp2(float x) {
@@ -871,6 +884,7 @@ int main() {
       {"written once", test_written_once},
       {"strided", test_strided},
       {"weights", test_weights_in_registers},
+      {"bool", test_any_byte_is_true},
       {"16-bit formula", test_16bit_formula},
       {"quotient", test_quotient},
       {"upstream by row", test_upstream_by_row},
