@@ -23,7 +23,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-	$(BIN)/pip install --quiet --no-build-isolation -e '.[examples,bench,test,dev]'
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[examples,ecosystem,bench,test,dev]'
 	$(BIN)/python -m fused_sce
 	touch $@
 

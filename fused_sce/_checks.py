@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fused_sce import _sharding
+
 
 def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> None:
     """Check the tensors of a loss against each other.
@@ -11,12 +13,16 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
     Raises:
         TypeError: An argument is no tensor, `input` is not floating point, or another one is complex.
         ValueError: `target` has another shape than `input`.
-        RuntimeError: `weight` or `pos_weight` does not broadcast to `input`'s shape, or a tensor is on another device.
+        RuntimeError: `weight` or `pos_weight` does not broadcast to `input`'s shape, or a tensor is on another device,
+            or only some are DTensors, or they are on different meshes.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if _sharding.dtensor_class is not None:  # before the shapes: a rank's own part has another one than the whole
+        for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+            check_mesh(name, tensor, input)
     if not input.is_floating_point():
         raise TypeError(
             f"input must hold floating-point logits, got dtype {input.dtype}"
@@ -80,6 +86,40 @@ def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but input is on {input.device} and {name} is on "
             f"{tensor.device}"
+        )
+
+
+def check_mesh(name: str, tensor: Tensor | None, input: Tensor) -> None:
+    """Check that a tensor is a DTensor if the logits are one, over the same mesh; a scalar tensor need not be one."""
+    dtensor = _sharding.dtensor_class
+    if dtensor is None or not isinstance(tensor, Tensor):
+        return
+    if isinstance(input, dtensor) and isinstance(tensor, dtensor):
+        if tensor.device_mesh != input.device_mesh:
+            raise RuntimeError(
+                f"{name} and input are DTensors on different meshes, {tensor.device_mesh} and {input.device_mesh}: "
+                f"make both on one, for example with torch.distributed.tensor.distribute_tensor({name}.full_tensor(), "
+                "input.device_mesh, input.placements)"
+            )
+    elif isinstance(input, dtensor):
+        if tensor.numel() == 1 and name != "target":
+            return
+        if dtensor._op_dispatcher._allow_implicit_replication:
+            return
+        # A factor has dimensions of its own: replicated, distribute_tensor's default, it fits every placement.
+        whole, part = ("input.placements",) * 2 if name == "target" else ("", "its placements")
+        arguments = ", ".join(filter(None, (name, "input.device_mesh", whole)))
+        raise RuntimeError(
+            f"input is a DTensor placed {input.placements}, but {name} is a plain tensor of shape "
+            f"{tuple(tensor.shape)}. If each rank has the whole of it, pass "
+            f"torch.distributed.tensor.distribute_tensor({arguments}); if each has its own part, "
+            f"torch.distributed.tensor.DTensor.from_local({name}, input.device_mesh, {part})"
+        )
+    elif isinstance(tensor, dtensor):
+        raise RuntimeError(
+            f"{name} is a DTensor placed {tensor.placements}, but input is a plain tensor. If the model's output is "
+            "meant to be sharded, keep it a DTensor (use_local_output=False in ColwiseParallel and its like); if not, "
+            f"pass {name}.full_tensor()"
         )
 
 

@@ -8,6 +8,7 @@ t sigmoid(-x)`, both within 2 units in the last place (ULP) in float32 for t = 0
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 
 import torch
@@ -173,7 +174,7 @@ def _reduced(
     elif reduction == "sum":
         divisor = 1
     else:
-        divisor = input.shape[:-1].numel()
+        divisor = math.prod(input.shape[:-1])  # unlike Size.numel() symbolic where the sizes are
     return _sum(input, target, weight, pos_weight, divisor)
 
 

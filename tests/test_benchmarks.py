@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import call_overhead
 import compare_losses
 import compare_numerics
 import cpu_speed
@@ -72,6 +73,18 @@ def test_cpu_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     times = written["median_seconds"]["64x80 float32"]
     assert written["lines"][0]["ratio"] == pytest.approx(times["eager"] / times["fused"])
     assert capsys.readouterr().out.count("NOT MET") == 2
+
+
+def test_call_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_overhead.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "call_overhead.json").read_text())
+    printed = capsys.readouterr().out
+    for name, times in written["median_seconds"].items():
+        assert name in printed
+        assert 0 < times["forward"] < times["forward + backward"]
+    # one graph for the first batch size, and one for all others
+    assert written["graphs"]["fused_sce.BCEWithLogitsLoss"] == 2
+    assert written["graphs"]["fused_sce.MultiLabelSoftMarginLoss"] == 2
 
 
 def test_every_line_names_candidates_of_its_group() -> None:

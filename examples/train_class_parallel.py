@@ -1,0 +1,185 @@
+"""Train a multi-label head whose labels are divided among processes, with fused_sce's loss.
+
+    torchrun --nproc-per-node 2 examples/train_class_parallel.py
+
+With many thousands of labels the logits are the largest tensor of the training. Here each process has the weights, the
+logits and the gradients of its own labels only (`ColwiseParallel`), and computes their loss: the logits are never
+gathered, forward or backward. On GPUs if there is one for each process, else on the CPU.
+
+At the end the first process does the same training alone, and the two are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import fused_sce
+
+SEED = 0
+# Of the descent on one label. The mean divides each label's gradient by their number, which the rate makes up for.
+LEARNING_RATE = 1.0
+# Loss and weights, relative to their size: processes of other shapes multiply matrices in another order.
+TOLERANCE = 1e-4
+
+
+def whole_number(text: str) -> int:
+    """Parse an option's value that must be a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train_class_parallel.py"
+    )
+    parser.add_argument("--labels", type=whole_number, default=5000, help="default: %(default)s")
+    parser.add_argument("--features", type=whole_number, default=128, help="inputs of the head; default: %(default)s")
+    parser.add_argument("--batch", type=whole_number, default=256, help="samples of a step; default: %(default)s")
+    parser.add_argument("--steps", type=whole_number, default=20, help="default: %(default)s")
+    return parser
+
+
+def batches(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, the same in every process: one in six labels is set, where a hidden linear model says so.
+
+    Yields:
+        Features (B, F), float32, and targets (B, L), bool.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    hidden = torch.randn(options.features, options.labels, generator=generator) / options.features**0.5
+    for _ in range(options.steps):
+        features = torch.randn(options.batch, options.features, generator=generator)
+        yield features.to(device), (features @ hidden > 1).to(device)
+
+
+def make_head(options: argparse.Namespace, device: torch.device) -> nn.Linear:
+    """The head, with the same weights in every process."""
+    torch.manual_seed(SEED)
+    return nn.Linear(options.features, options.labels).to(device)
+
+
+def train(
+    head: nn.Module,
+    options: argparse.Namespace,
+    device: torch.device,
+    place: Callable[[Tensor], Tensor] = lambda targets: targets,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Train a head, whole or sharded; the loop does not care which.
+
+    Args:
+        head: from features (B, F) to logits (B, L).
+        options: the command line's.
+        device: where the head is.
+        place: gives targets (B, L) the logits' placement.
+        report: called after each step with its number and loss.
+
+    Returns:
+        The loss of each step.
+    """
+    criterion = fused_sce.BCEWithLogitsLoss()
+    optimizer = torch.optim.SGD(head.parameters(), lr=LEARNING_RATE * options.labels)
+    losses = []
+    for step, (features, targets) in enumerate(batches(options, device), start=1):
+        optimizer.zero_grad()
+        loss = criterion(head(features), place(targets))
+        loss.backward()
+        optimizer.step()
+        # Of a sharded loss each process has its labels' share; item() would return that.
+        whole = loss.full_tensor() if isinstance(loss, DTensor) else loss
+        losses.append(whole.item())
+        report(step, losses[-1])
+    return losses
+
+
+def largest_difference(ours: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return ((ours - expected).abs().max() / expected.abs().max()).item()
+
+
+def run(options: argparse.Namespace, device: torch.device) -> bool:
+    """Train the sharded head, then compare in the first process; True if that found no difference."""
+    first = dist.get_rank() == 0
+
+    def say(text: str) -> None:
+        if first:
+            print(text, flush=True)
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    head = make_head(options, device)
+    # use_local_output=False: the logits stay a DTensor, by which the loss knows that it sees a part of the labels.
+    parallelize_module(head, mesh, ColwiseParallel(output_layouts=Shard(-1), use_local_output=False))
+    assert isinstance(head.weight, DTensor)
+    say(
+        f"{options.labels} labels on {dist.get_world_size()} processes ({device.type}), "
+        f"{head.weight.to_local().shape[0]} on the first"
+    )
+
+    def place(targets: Tensor) -> Tensor:
+        # Every process has them all (src_data_rank=None: nothing is sent) and keeps those of its labels.
+        return distribute_tensor(targets, mesh, [Shard(-1)], src_data_rank=None)
+
+    losses = train(head, options, device, place, lambda step, loss: say(f"step {step:3d}  loss {loss:.6f}"))
+
+    weight = head.weight.full_tensor()  # all processes take part
+    if not first:
+        return True
+    alone = make_head(options, device)
+    by_loss = largest_difference(torch.tensor(losses), torch.tensor(train(alone, options, device)))
+    by_weight = largest_difference(weight.detach(), alone.weight.detach())
+    same = by_loss <= TOLERANCE and by_weight <= TOLERANCE
+    say(
+        f"the same training in one process: {'the same' if same else 'NOT THE SAME'} result, largest relative "
+        f"difference of a loss {by_loss:.1e}, of a weight {by_weight:.1e}"
+    )
+    return same
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: the command line without the program's name; default `sys.argv`'s.
+
+    Returns:
+        The exit status: 0, or 1 if training in one process gave another result.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if "LOCAL_RANK" not in os.environ:
+        parser.error(
+            "it runs in several processes, which torchrun starts: "
+            "torchrun --nproc-per-node 2 examples/train_class_parallel.py"
+        )
+    processes = int(os.environ["WORLD_SIZE"])
+    if options.labels < processes:
+        parser.error(f"--labels {options.labels} leaves some of the {processes} processes without a label")
+
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    try:
+        return 0 if run(options, device) else 1
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,582 @@
+"""What test_distributed.py runs in several processes: torchrun ... distributed_worker.py RESULTS
+
+Every process makes every check of its world size, then the first writes what went wrong, "" for nothing, into RESULTS.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_sce
+from fused_sce import functional as F
+
+Loss = Callable[..., Tensor]
+Placements = Sequence[Placement]
+
+LOSSES: dict[str, Loss] = {
+    **{
+        f"bce {reduction}": lambda x, t, r=reduction, **kw: F.sigmoid_cross_entropy(x, t, reduction=r, **kw)
+        for reduction in ("mean", "sum", "none", "sum_classes")
+    },
+    **{
+        f"soft margin {reduction}": lambda x, t, r=reduction, **kw: F.multilabel_soft_margin_loss(
+            x, t, reduction=r, **kw
+        )
+        for reduction in ("mean", "sum", "none")
+    },
+}
+
+CHECKS: dict[int, dict[str, Callable[[], None]]] = {2: {}, 4: {}}
+
+
+def check(world_size: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def add(function: Callable[[], None]) -> Callable[[], None]:
+        CHECKS[world_size][function.__name__] = function
+        return function
+
+    return add
+
+
+# One of each: torch 2.15 cannot compile for a mesh after any op has run on another one that is equal to it.
+@functools.cache
+def line() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+@functools.cache
+def square() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "class"))
+
+
+def put(tensor: Tensor, mesh: DeviceMesh, placements: Placements) -> DTensor:
+    """A tensor that every process has, distributed without sending anything."""
+    return distribute_tensor(tensor.clone(), mesh, placements, src_data_rank=None)
+
+
+def sample(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = 5 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    t = torch.rand(shape, dtype=torch.float64, generator=generator)
+    return x.to(dtype), t
+
+
+def weightings(x: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Weights of every shape there is for logits (N, C)."""
+    n, c = x.shape
+    generator = torch.Generator().manual_seed(1)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=x.dtype, generator=generator) + 0.5
+
+    return {
+        "none": {},
+        "per class": {"weight": weight(c), "pos_weight": weight(c)},
+        "per sample": {"weight": weight(n, 1), "pos_weight": weight(n, 1)},
+        "per class, two dimensions": {"weight": weight(1, c)},
+        "per element": {"weight": weight(n, c), "pos_weight": weight(c)},
+        "one": {"weight": weight(), "pos_weight": weight(1, 1)},
+    }
+
+
+def assert_same(ours: Tensor, expected: Tensor, rtol: float = 1e-12) -> None:
+    torch.testing.assert_close(ours, expected, rtol=rtol, atol=rtol * expected.detach().abs().max().item())
+
+
+def assert_sharded_loss_is_the_whole_one(
+    loss: Loss,
+    x: Tensor,
+    t: Tensor,
+    mesh: DeviceMesh,
+    placements: Placements,
+    *,
+    target_placements: Placements | None = None,
+    gradient_placements: Placements | None = None,
+    rtol: float = 1e-12,
+    **weights: Tensor,
+) -> None:
+    """Loss and gradient, for an upstream gradient that is not 1, against those of plain tensors."""
+    whole = x.clone().requires_grad_()
+    expected = loss(whole, t, **weights)
+    (expected * 3).sum().backward()
+    assert whole.grad is not None
+
+    logits = put(x, mesh, placements).requires_grad_()
+    target = put(t, mesh, target_placements or placements)
+    replicated = [Replicate()] * mesh.ndim
+    factors = {name: put(weight, mesh, replicated) for name, weight in weights.items()}
+    value = loss(logits, target, **factors)
+    assert isinstance(value, DTensor)
+    assert value.shape == expected.shape
+    assert value.dtype == expected.dtype
+    kept = value.ndim  # dimensions that are not summed over
+    made = gradient_placements or placements
+    assert value.placements == tuple(
+        placement if not isinstance(placement, Shard) or placement.dim < kept else Partial() for placement in made
+    )
+    assert_same(value.full_tensor(), expected, rtol)
+    with torch.no_grad():
+        assert_same(loss(logits, target, **factors).full_tensor(), expected.detach(), rtol)
+
+    (value * 3).sum().backward()
+    gradient = logits.grad
+    assert isinstance(gradient, DTensor)
+    # Where the gradient is, the logits were: they have not been moved.
+    assert gradient.placements == tuple(made)
+    assert_same(gradient.full_tensor(), whole.grad, rtol)
+
+
+def check_all_losses(mesh: DeviceMesh, placements: Placements, shape: tuple[int, int]) -> None:
+    x, t = sample(*shape)
+    for name, loss in LOSSES.items():
+        for options in weightings(x).values():
+            if name.startswith("soft margin"):
+                options.pop("pos_weight", None)
+            assert_sharded_loss_is_the_whole_one(loss, x, t, mesh, placements, **options)
+
+
+@check(2)
+def shard_by_batch() -> None:
+    check_all_losses(line(), [Shard(0)], (4, 6))
+
+
+@check(2)
+def shard_by_class() -> None:
+    check_all_losses(line(), [Shard(1)], (4, 6))
+
+
+@check(2)
+def uneven_shards_by_batch() -> None:
+    check_all_losses(line(), [Shard(0)], (5, 7))
+
+
+@check(2)
+def uneven_shards_by_class() -> None:
+    check_all_losses(line(), [Shard(1)], (5, 7))
+
+
+@check(2)
+def replicated() -> None:
+    check_all_losses(line(), [Replicate()], (5, 7))
+
+
+@check(2)
+def other_numbers_of_dimensions() -> None:
+    mesh = line()
+    for shape in ((7,), (3, 5, 7)):
+        x, t = sample(*shape)
+        for dim in range(len(shape)):
+            for name, loss in LOSSES.items():
+                if name != "bce sum_classes" or len(shape) > 1:
+                    assert_sharded_loss_is_the_whole_one(loss, x, t, mesh, [Shard(dim)])
+            weight = torch.arange(1.0, 8.0, dtype=torch.float64)
+            for name in ("bce mean", "soft margin none"):
+                assert_sharded_loss_is_the_whole_one(LOSSES[name], x, t, mesh, [Shard(dim)], weight=weight)
+
+
+@check(2)
+def fewer_rows_than_processes() -> None:
+    # A shard empty from the start is one that DTensor does not plan with: the one row is gathered, and right.
+    x, t = sample(1, 7)
+    for name in ("bce mean", "bce none", "soft margin none"):
+        assert_sharded_loss_is_the_whole_one(LOSSES[name], x, t, line(), [Shard(0)], gradient_placements=[Replicate()])
+
+
+@check(2)
+def targets_of_every_dtype() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
+        hard = (t > 0.5).to(dtype)
+        for name in ("bce mean", "bce none", "soft margin none"):
+            for dim in (0, 1):
+                assert_sharded_loss_is_the_whole_one(LOSSES[name], x, hard, mesh, [Shard(dim)], rtol=1e-6)
+
+
+@check(2)
+def logits_of_every_dtype() -> None:
+    mesh = line()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, t = sample(5, 7, dtype=dtype)
+        # Each rank's share of the sum is rounded to the loss's dtype.
+        rtol = 4 * torch.finfo(dtype).eps
+        for name in ("bce mean", "bce none", "soft margin none"):
+            for dim in (0, 1):
+                assert_sharded_loss_is_the_whole_one(LOSSES[name], x, t > 0.5, mesh, [Shard(dim)], rtol=rtol)
+
+
+@check(2)
+def autocast() -> None:
+    x, t = sample(5, 7, dtype=torch.bfloat16)
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.binary_cross_entropy_with_logits(x, t)
+
+    assert loss(x, t > 0.5).dtype == torch.float32
+    for dim in (0, 1):
+        assert_sharded_loss_is_the_whole_one(loss, x, t > 0.5, line(), [Shard(dim)], rtol=1e-2)
+
+
+@check(2)
+def targets_go_to_the_logits() -> None:
+    mesh = line()
+    x, t = sample(5, 7, dtype=torch.float32)
+    everywhere: list[Placement] = [Replicate(), Shard(0), Shard(1)]
+    # Twice and an eighth of the logits' size.
+    for target in (t, (t > 0.5)):
+        for ours in everywhere:
+            for others in everywhere:
+                assert_sharded_loss_is_the_whole_one(
+                    F.sigmoid_cross_entropy, x, target, mesh, [ours], target_placements=[others], rtol=1e-6
+                )
+
+
+@check(2)
+def weights_placed_in_every_way() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    weight = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = F.sigmoid_cross_entropy(x, t, weight=weight, pos_weight=weight)
+    for dim in (0, 1):
+        for placement in (Replicate(), Shard(0)):
+            logits, target = put(x, mesh, [Shard(dim)]), put(t, mesh, [Shard(dim)])
+            factor = put(weight, mesh, [placement])
+            loss = F.sigmoid_cross_entropy(logits, target, weight=factor, pos_weight=factor)
+            assert loss.placements == (Partial(),)
+            assert_same(loss.full_tensor(), expected)
+    # DTensor remembers how it went about a call: not what either of two weights of one shape is.
+    for name in ("weight", "pos_weight", "weight"):
+        for loss in (LOSSES["bce mean"], LOSSES["bce none"]):
+            assert_sharded_loss_is_the_whole_one(loss, x, t, mesh, [Shard(1)], **{name: weight})
+    # A plain scalar is the same everywhere.
+    loss = F.sigmoid_cross_entropy(logits, target, weight=torch.tensor(3.0))
+    assert_same(loss.full_tensor(), F.sigmoid_cross_entropy(x, t, weight=torch.tensor(3.0)))
+
+
+@check(2)
+def partial_logits_are_reduced_first() -> None:
+    mesh = line()
+    x, t = sample(4, 6)
+    share = x * (0.25 if dist.get_rank() == 0 else 0.75)
+    for name in ("bce mean", "bce none", "soft margin none"):
+        whole = x.clone().requires_grad_()
+        expected = LOSSES[name](whole, t)
+        (expected * 3).sum().backward()
+        logits = DTensor.from_local(share, mesh, [Partial()]).requires_grad_()
+        value = LOSSES[name](logits, put(t, mesh, [Replicate()]))
+        (value * 3).sum().backward()
+        assert_same(value.full_tensor(), expected)
+        assert_same(logits.grad.full_tensor(), whole.grad)
+
+
+@check(2)
+def gradients_of_targets_and_of_second_order() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    pos_weight = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 1
+
+    def gradients(loss: Loss, x: Tensor, t: Tensor, **weights: Tensor) -> list[Tensor]:
+        x.requires_grad_()
+        t.requires_grad_()
+        value = loss(x, t, **weights)
+        by_input, by_target = torch.autograd.grad((value * value).sum(), (x, t), create_graph=True)
+        (second,) = torch.autograd.grad((by_input * by_input).sum(), x)
+        return [by_input, by_target, second]
+
+    for dim in (0, 1):
+        for name, loss in LOSSES.items():
+            weights = {} if name.startswith("soft margin") else {"pos_weight": pos_weight}
+            expected = gradients(loss, x.clone(), t.clone(), **weights)
+            ours = gradients(
+                loss,
+                put(x, mesh, [Shard(dim)]),
+                put(t, mesh, [Shard(dim)]),
+                **{name: put(weight, mesh, [Replicate()]) for name, weight in weights.items()},
+            )
+            for one, other in zip(ours, expected, strict=True):
+                assert_same(one.full_tensor(), other)
+
+
+@check(2)
+def a_retained_graph_gives_the_same_gradient_again() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    logits = put(x, mesh, [Shard(1)]).requires_grad_()
+    loss = F.binary_cross_entropy_with_logits(logits, put(t, mesh, [Shard(1)]))
+    tripled, plain, again = (
+        torch.autograd.grad(loss * factor, logits, retain_graph=True)[0].full_tensor() for factor in (3, 1, 3)
+    )
+    assert_same(tripled, 3 * plain)
+    assert_same(again, tripled)
+
+
+@check(2)
+def ops_called_directly() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    ops = torch.ops.fused_sce
+    logits, target = put(x, mesh, [Shard(1)]), put(t, mesh, [Shard(1)])
+    for name in ("sigmoid_cross_entropy", "sigmoid_cross_entropy_rows", "sigmoid_cross_entropy_sum"):
+        assert_same(getattr(ops, name)(logits, target).full_tensor(), getattr(ops, name)(x, t))
+    assert_same(
+        ops.sigmoid_cross_entropy_rows(logits, target, divisor=3, dtype=torch.float64).full_tensor(),
+        ops.sigmoid_cross_entropy_rows(x, t, divisor=3),
+    )
+    for ours, expected in zip(
+        ops._sigmoid_cross_entropy_sum_with_gradient(logits, target, None, None, 5, None),
+        ops._sigmoid_cross_entropy_sum_with_gradient(x, t, None, None, 5, None),
+        strict=True,
+    ):
+        assert_same(ours.full_tensor(), expected)
+    # The gradient of a row's sum has size 1 where the logits are sharded.
+    upstream = torch.arange(1.0, 6.0, dtype=torch.float64).unsqueeze(-1)
+    assert_same(
+        ops._sigmoid_cross_entropy_backward(
+            put(upstream, mesh, [Replicate()]), logits, target, None, None, 1
+        ).full_tensor(),
+        ops._sigmoid_cross_entropy_backward(upstream, x, t, None, None, 1),
+    )
+    for placement in (Shard(0), Shard(1), Replicate()):
+        scaled = put(x, mesh, [placement])
+        ops._scale_(scaled, put(torch.tensor(3.0, dtype=torch.float64), mesh, [Replicate()]))
+        assert scaled.placements == (placement,)
+        assert_same(scaled.full_tensor(), 3 * x)
+
+
+@check(2)
+def compiled() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    whole = x.clone().requires_grad_()
+    expected = F.sigmoid_cross_entropy(whole, t)
+    (expected * 3).backward()
+    logits = put(x, mesh, [Shard(1)]).requires_grad_()
+    loss = torch.compile(F.sigmoid_cross_entropy, backend="aot_eager", fullgraph=True)
+    value = loss(logits, put(t, mesh, [Shard(1)]))
+    (value * 3).backward()
+    assert value.placements == (Partial(),)
+    assert_same(value.full_tensor(), expected)
+    assert_same(logits.grad.full_tensor(), whole.grad)
+
+
+@check(2)
+def bad_input_is_explained() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    logits, target = put(x, mesh, [Shard(1)]), put(t, mesh, [Shard(1)])
+    weight = torch.ones(7)
+    other = put(t, init_device_mesh("cpu", (1, 2)), [Replicate(), Shard(1)])
+    for loss in (F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss, F.sigmoid_cross_entropy):
+        with pytest.raises(RuntimeError, match=r"target is a plain tensor.*distribute_tensor\(target, input.device_me"):
+            loss(logits, t)
+        # This rank's part, which looks like a wrong shape.
+        with pytest.raises(RuntimeError, match=r"target is a plain tensor.*DTensor.from_local\(target, input.device_m"):
+            loss(logits, target.to_local())
+        with pytest.raises(RuntimeError, match=r"target is a DTensor.*but input is a plain.*target.full_tensor\(\)"):
+            loss(x, target)
+        with pytest.raises(RuntimeError, match=r" weight is a plain tensor.*distribute_tensor\(weight, input.device_m"):
+            loss(logits, target, weight=weight)
+        with pytest.raises(RuntimeError, match=r"different meshes.*distribute_tensor\(target.full_tensor\(\)"):
+            loss(logits, other)
+        with pytest.raises(ValueError, match="must be the same as input size"):
+            loss(logits, put(t[:, :6], mesh, [Shard(1)]))
+    with pytest.raises(RuntimeError, match="pos_weight is a plain tensor"):
+        F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+    with pytest.raises(RuntimeError, match=r"pos_weight is a DTensor.*but input is a plain tensor"):
+        F.binary_cross_entropy_with_logits(x, t, pos_weight=put(weight, mesh, [Replicate()]))
+    # The advice works.
+    expected = F.binary_cross_entropy_with_logits(x, t, weight=weight)
+    replicated = distribute_tensor(weight, logits.device_mesh)
+    distributed = distribute_tensor(t, logits.device_mesh, logits.placements)
+    assert_same(F.binary_cross_entropy_with_logits(logits, distributed, replicated).full_tensor(), expected)
+    with implicit_replication():
+        assert_same(F.binary_cross_entropy_with_logits(logits, t, weight).full_tensor(), expected)
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7)).double()
+
+
+def train(model: nn.Module, batch: slice = slice(None)) -> list[Tensor]:
+    """Three steps; the loss, averaged over the processes, of each."""
+    criterion = fused_sce.BCEWithLogitsLoss(pos_weight=torch.arange(1.0, 8.0, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    losses = []
+    for step in range(3):
+        features, _ = sample(8, 6 + step)
+        _, t = sample(8, 7 + step)
+        optimizer.zero_grad()
+        loss = criterion(model(features[batch, :6]), t[batch, :7] > 0.5)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def assert_trains_as_in_one_process(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    expected = small_model()
+    expected_losses = train(expected)
+    start = copy.deepcopy(list(small_model().parameters()))
+
+    model = wrap(small_model())
+    rank, size = dist.get_rank(), dist.get_world_size()
+    part = 8 // size
+    losses = torch.stack(train(model, slice(rank * part, rank * part + part)))
+    dist.all_reduce(losses)
+    assert_same(losses / size, torch.stack(expected_losses))
+    for ours, whole, before in zip(model.parameters(), expected.parameters(), start, strict=True):
+        assert not torch.allclose(whole, before, rtol=1e-3, atol=0)
+        assert_same(ours.full_tensor() if isinstance(ours, DTensor) else ours, whole)
+
+
+@check(2)
+def data_parallel_training() -> None:
+    assert_trains_as_in_one_process(DistributedDataParallel)
+
+
+@check(2)
+def fully_sharded_training() -> None:
+    mesh = line()
+
+    def wrap(model: nn.Module) -> nn.Module:
+        for layer in model.children():
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    assert_trains_as_in_one_process(wrap)
+
+
+@check(2)
+def a_class_parallel_head_never_gathers_its_logits() -> None:
+    mesh = line()
+    features, _ = sample(5, 6)
+    _, t = sample(5, 7)
+    pos_weight = torch.arange(1.0, 8.0, dtype=torch.float64)
+    torch.manual_seed(0)
+    whole = nn.Linear(6, 7).double()
+    head = copy.deepcopy(whole)
+    parallelize_module(head, mesh, ColwiseParallel(output_layouts=Shard(-1), use_local_output=False))
+    logits = head(features)
+    assert isinstance(logits, DTensor)
+    assert logits.placements == (Shard(1),)
+
+    for criterion in (
+        fused_sce.BCEWithLogitsLoss(pos_weight=put(pos_weight, mesh, [Replicate()])),
+        fused_sce.BCEWithLogitsLoss(reduction="sum"),
+        fused_sce.BCEWithLogitsLoss(reduction="none"),
+        fused_sce.MultiLabelSoftMarginLoss(weight=put(pos_weight, mesh, [Shard(0)])),
+        fused_sce.MultiLabelSoftMarginLoss(reduction="none"),
+        fused_sce.SigmoidCrossEntropyLoss(reduction="sum_classes"),
+    ):
+        for placement in (Replicate(), Shard(1)):
+            target = put(t > 0.5, mesh, [placement])
+            with CommDebugMode() as communication:
+                loss = criterion(logits, target)
+                (gradient,) = torch.autograd.grad(loss.sum() * 3, logits, retain_graph=True)
+            assert communication.get_total_counts() == 0, communication.get_comm_counts()
+            assert gradient.placements == (Shard(1),)
+            assert gradient.to_local().shape == logits.to_local().shape != logits.shape
+    # What is counted above is counted: reading the loss is one all-reduce, gathering the logits would be a gather.
+    scalar = fused_sce.BCEWithLogitsLoss()(logits, target)
+    for tensor, op in ((scalar, "all_reduce"), (logits, "all_gather_into_tensor")):
+        with CommDebugMode() as communication:
+            tensor.full_tensor()
+        assert dict(communication.get_comm_counts()) == {getattr(torch.ops.c10d_functional, op): 1}
+
+    fused_sce.BCEWithLogitsLoss()(head(features), target).backward()
+    fused_sce.BCEWithLogitsLoss()(whole(features), t > 0.5).backward()
+    for ours, expected in zip(head.parameters(), whole.parameters(), strict=True):
+        assert_same(ours.grad.full_tensor(), expected.grad)
+
+
+@check(4)
+def shard_by_batch_and_class() -> None:
+    check_all_losses(square(), [Shard(0), Shard(1)], (5, 7))
+
+
+@check(4)
+def two_dimensional_meshes_in_every_way() -> None:
+    mesh = square()
+    x, t = sample(6, 7)
+    for placements in (
+        [Shard(1), Shard(0)],
+        [Shard(0), Shard(0)],
+        [Shard(1), Shard(1)],
+        [Replicate(), Shard(1)],
+        [Shard(0), Replicate()],
+    ):
+        for name in ("bce mean", "bce none", "soft margin none"):
+            assert_sharded_loss_is_the_whole_one(
+                LOSSES[name], x, t, mesh, placements, **weightings(x)["per sample"] if name.startswith("bce") else {}
+            )
+
+
+@check(4)
+def targets_go_to_logits_sharded_twice() -> None:
+    mesh = square()
+    x, t = sample(6, 7, dtype=torch.float32)
+    for placements in ([Shard(0), Shard(1)], [Shard(1), Shard(0)], [Replicate(), Shard(1)]):
+        for others in ([Replicate(), Replicate()], [Shard(0), Shard(0)], [Shard(0), Replicate()]):
+            for target in (t.float(), t > 0.5):
+                assert_sharded_loss_is_the_whole_one(
+                    F.sigmoid_cross_entropy, x, target, mesh, placements, target_placements=others, rtol=1e-6
+                )
+
+
+@check(4)
+def a_process_without_rows() -> None:
+    # Five rows in four parts: 2, 2, 1 and none.
+    mesh = line()
+    x, _ = sample(5, 7)
+    assert put(x, mesh, [Shard(0)]).to_local().numel() == 7 * (2, 2, 1, 0)[dist.get_rank()]
+    check_all_losses(mesh, [Shard(0)], (5, 7))
+
+
+def failures() -> dict[str, str]:
+    """What each check of this world size raised in any process."""
+    found = {}
+    for name, function in CHECKS[dist.get_world_size()].items():
+        error = ""
+        try:
+            function()
+        except Exception:
+            error = f"process {dist.get_rank()}: {traceback.format_exc()}"
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        found[name] = "\n".join(filter(None, errors))
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    # A process that waits for one that failed does not wait long.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    found = failures()
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

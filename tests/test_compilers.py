@@ -1,0 +1,129 @@
+"""torch.compile, torch.export and AOTInductor: the fused op in one graph, for any batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import fused_sce
+from fused_sce import functional as F
+
+
+class Model(nn.Module):
+    """A head and its loss, as one program."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+        self.loss = loss
+
+    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(features)
+        return self.loss(logits, target), logits
+
+
+def losses() -> dict[str, nn.Module]:
+    return {
+        "mean": fused_sce.BCEWithLogitsLoss(pos_weight=torch.rand(5) + 0.5),
+        "none": fused_sce.BCEWithLogitsLoss(reduction="none"),
+        "sum_classes": fused_sce.SigmoidCrossEntropyLoss(reduction="sum_classes"),
+        "soft margin": fused_sce.MultiLabelSoftMarginLoss(),
+        "soft margin none": fused_sce.MultiLabelSoftMarginLoss(reduction="none"),
+    }
+
+
+def batch(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 8), torch.rand(rows, 5)
+
+
+def gradients(model: nn.Module, features: Tensor, target: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss, _ = model(features, target)
+    loss.sum().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("name", list(losses()))
+def test_one_graph_and_no_recompilation_per_batch_size(name: str) -> None:
+    graphs = {"forward": 0, "backward": 0}
+
+    def counted(direction: str) -> Any:
+        def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            graphs[direction] += 1
+            # the gradient of a sum is made by forward: backward only multiplies it
+            fused = any("fused_sce" in str(node.target) for node in graph.graph.nodes)
+            assert fused == (direction == "forward" or "none" in name)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=counted("forward"), bw_compiler=counted("backward"))
+    model = Model(losses()[name])
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (3, 5, 8, 64):
+        features, target = batch(rows)
+        expected = gradients(model, features, target)
+        torch.testing.assert_close(gradients(compiled, features, target), expected)
+    assert graphs == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(x * 2, t) * 3
+
+    compiled = torch.compile(step, fullgraph=True)
+    for rows in (4, 9):
+        x = torch.randn(rows, 5, dtype=dtype, requires_grad=True)
+        t = torch.randint(0, 2, (rows, 5), dtype=torch.uint8)
+        eager, fast = step(x, t), compiled(x, t)
+        torch.testing.assert_close(fast, eager)
+        torch.testing.assert_close(torch.autograd.grad(fast, x), torch.autograd.grad(eager, x))
+
+
+def exported(name: str) -> tuple[Model, torch.export.ExportedProgram]:
+    model = Model(losses()[name])
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(model, batch(6), dynamic_shapes={"features": {0: rows}, "target": {0: rows}})
+    return model, program
+
+
+@pytest.mark.parametrize("name", list(losses()))
+def test_export_with_any_batch(name: str) -> None:
+    model, program = exported(name)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("fused_sce" in target for target in targets) == 1, targets
+    for rows in (6, 2, 33):
+        inputs = batch(rows)
+        torch.testing.assert_close(program.module()(*inputs), model(*inputs))
+
+
+def test_exported_program_is_saved_loaded_and_trained(tmp_path: Path) -> None:
+    model, program = exported("mean")
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    features, target = batch(9)
+    expected = gradients(model, features, target)
+    torch.testing.assert_close(gradients(loaded, features, target), expected)
+
+
+def test_aot_inductor_package(tmp_path: Path) -> None:
+    model, program = exported("mean")
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        for rows in (6, 1, 33):
+            inputs = batch(rows)
+            loss, logits = loaded(*inputs)
+            expected_loss, expected_logits = model(*inputs)
+            torch.testing.assert_close(loss, expected_loss)
+            torch.testing.assert_close(logits, expected_logits)
