@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= output
 OUT ?= $(OUTPUT)/gpu
+# What is installed as torch; another version for its tests: make test TORCH='torch==2.11.0 torchvision'
+TORCH ?= torch torchvision
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test sweep kernel sanitize bench gpu-check lint format wheel clean help
+.PHONY: setup demo test sweep kernel sanitize bench gpu-check lint format wheel try-wheel clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,7 +21,7 @@ setup: $(INSTALLED)  ## Make .venv with torch and every extra, and build the ext
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fused_sce needs Python 3.10 or newer, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja torch torchvision
+	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja $(TORCH)
 	touch $@
 
 $(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -91,6 +93,15 @@ format: setup  ## Rewrite the sources in the project's style
 
 wheel: setup  ## Build wheel and sdist into dist/
 	$(BIN)/python -m build --no-isolation
+
+# Beside the same torch, and in a folder without the sources: what is imported is the wheel.
+try-wheel: wheel  ## Install the wheel into a clean environment and run its self-check there
+	rm -rf build/try-wheel
+	$(PYTHON) -m venv build/try-wheel
+	build/try-wheel/bin/pip install --quiet "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
+	build/try-wheel/bin/pip install --quiet --no-deps dist/*.whl
+	cd build/try-wheel && bin/python -m fused_sce
+	build/try-wheel/bin/python tests/smoke.py
 
 clean:  ## Remove everything that was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info $(OUTPUT) fused_sce/*.so fused_sce/_built_for.py
