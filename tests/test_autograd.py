@@ -229,6 +229,55 @@ def test_torch_func_transforms(device: str, loss: Loss) -> None:
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda x: total(x, t), x))
 
 
+def test_vmap_of_grad_and_jvp(device: str, loss: Loss) -> None:
+    x, t = sample(device)
+    x, t = x.detach(), t.detach()
+
+    def total(x: Tensor, t: Tensor) -> Tensor:
+        return loss(x, t).sum()
+
+    # the gradient of each sample by itself, as for differential privacy
+    per_sample = torch.func.vmap(torch.func.grad(total))(x.unsqueeze(1), t.unsqueeze(1))
+    for row in range(len(x)):
+        leaf = x[row : row + 1].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(total(leaf, t[row : row + 1]), leaf)
+        torch.testing.assert_close(per_sample[row], expected)
+
+    tangents = torch.randn_like(x), torch.randn_like(t)
+    leaves = x.clone().requires_grad_(), t.clone().requires_grad_()
+    gradients = torch.autograd.grad(total(*leaves), leaves)
+    value, derivative = torch.func.jvp(total, (x, t), tangents)
+    torch.testing.assert_close(value, total(x, t))
+    torch.testing.assert_close(
+        derivative, sum((g * v).sum() for g, v in zip(gradients, tangents, strict=True)), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_hooks_see_the_gradient_and_may_change_it(device: str, loss: Loss) -> None:
+    x, t = sample(device, torch.float32)
+    (expected,) = torch.autograd.grad(loss(x, t).sum(), x)
+    seen: list[Tensor] = []
+    logits = x * 1
+    logits.register_hook(lambda gradient: seen.append(gradient.clone()))
+    logits.register_hook(lambda gradient: gradient * 2)
+    logits.retain_grad()
+    loss(logits, t).sum().backward()
+    torch.testing.assert_close(seen[0], expected)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 2 * expected)
+
+
+def test_deterministic_mode(device: str, loss: Loss) -> None:
+    x, t = sample(device, torch.float32)
+    (expected,) = torch.autograd.grad(loss(x, t).sum(), x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        (gradient,) = torch.autograd.grad(loss(x, t).sum(), x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(gradient, expected)
+
+
 def test_saved_tensor_hooks_and_checkpointing(device: str, loss: Loss) -> None:
     x, t = sample(device)
     (expected,) = torch.autograd.grad(loss(x, t).sum(), x)
