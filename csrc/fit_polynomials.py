@@ -2,14 +2,16 @@
 
     python csrc/fit_polynomials.py
 
-Two functions, each fitted once for float and once for double with the Remez exchange algorithm (E. Remez, 1934) in
-60-digit arithmetic, the error weighted so that it is relative to the function the kernel returns:
+Fitted with the Remez exchange algorithm (E. Remez, 1934) in 60-digit arithmetic, the error weighted so that it is
+relative to the function the kernel returns:
 
 * exp(r) = 1 + r + r^2 q(r)         on |r| <= ln(2)/2, error relative to exp(r);
-* log1p(e) = e - e^2 / 2 + e^3 q(e) on [0, 1],         error relative to log1p(e).
+* log1p(e) = e - e^2 / 2 + e^3 q(e) on [0, 1],         error relative to log1p(e);
+* log1p(e) = e + e^2 q(e)           on [0, 1],         error relative to log1p(e), for 16-bit logits on a GPU.
 
-The degrees are the smallest whose error stays below an eighth of the type's rounding error, so that the polynomial
-never decides the last bit.
+The first two are for float and for double, of the smallest degree whose error stays below an eighth of the type's
+rounding error, so that the polynomial never decides the last bit. The third is of the smallest degree whose error stays
+below that rounding error itself.
 """
 
 from __future__ import annotations
@@ -108,6 +110,13 @@ def log1p_tail(e: mpf) -> mpf:
     return (mp.log1p(e) - e) / e**2
 
 
+def log1p_ratio(e: mpf) -> mpf:
+    """log1p(e) / e, by its series where e might be 0."""
+    if abs(e) < mpf("1e-8"):
+        return sum((-1) ** k * e**k / (k + 1) for k in range(8))
+    return mp.log1p(e) / e
+
+
 def show(name: str, kind: str, coefficients: list[mpf], error: mpf) -> None:
     """Print one coefficient table, highest power first as Horner's scheme reads it."""
     digits = 10 if kind == "float" else 18
@@ -118,7 +127,7 @@ def show(name: str, kind: str, coefficients: list[mpf], error: mpf) -> None:
 
 
 def main() -> None:
-    """Fit and print all four."""
+    """Fit and print all five."""
     half_ln2 = mp.log(2) / 2 * mpf("1.0001")  # rounding may put r a little past the edge
     for kind, bits, exp_degree, log_degree, in_turn in (
         ("float", 24, 4, 9, 10),
@@ -143,6 +152,10 @@ def main() -> None:
             in_turn,
         )
         show("log1p", kind, coefficients[1:], error)  # math.h treats the constant, -1/2, by itself
+    coefficients, error = remez_rounded(
+        log1p_ratio, lambda e: 1 / log1p_ratio(e), mpf("1e-9"), mpf(1), 8, mpf(1), 24, in_turn=9
+    )
+    show("log1p(e) / e", "float", coefficients, error)
 
 
 if __name__ == "__main__":
