@@ -140,16 +140,21 @@ Tensor differentiable(
     Reduction reduction,
     c10::SymInt divisor,
     OptionalType dtype) {
-  for (const OptionalTensor& constant : {weight, pos_weight}) {
-    TORCH_CHECK(
-        !(at::GradMode::is_enabled() && constant && constant->requires_grad()),
-        "this op has no gradient by weight or pos_weight; fused_sce.functional has");
-  }
   return SigmoidCrossEntropy::apply(input, target, weight, pos_weight, int64_t(reduction), std::move(divisor), dtype);
 }
 
-bool needs_graph(const Tensor& input, const Tensor& target) {
-  return at::GradMode::is_enabled() && (input.requires_grad() || target.requires_grad());
+bool needs_graph(
+    const Tensor& input,
+    const Tensor& target,
+    const OptionalTensor& weight,
+    const OptionalTensor& pos_weight) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const OptionalTensor& constant : {weight, pos_weight}) {
+    TORCH_CHECK(
+        !(constant && constant->requires_grad()),
+        "this op has no gradient by weight or pos_weight; fused_sce.functional has, outside of TorchScript");
+  }
+  return input.requires_grad() || target.requires_grad();
 }
 
 Tensor elementwise_autograd(
@@ -158,7 +163,7 @@ Tensor elementwise_autograd(
     const OptionalTensor& weight,
     const OptionalTensor& pos_weight,
     OptionalType dtype) {
-  if (needs_graph(input, target)) {
+  if (needs_graph(input, target, weight, pos_weight)) {
     return differentiable(input, target, weight, pos_weight, Reduction::Elements, 1, dtype);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -172,7 +177,7 @@ Tensor rows_autograd(
     const OptionalTensor& pos_weight,
     c10::SymInt divisor,
     OptionalType dtype) {
-  if (needs_graph(input, target)) {
+  if (needs_graph(input, target, weight, pos_weight)) {
     return differentiable(input, target, weight, pos_weight, Reduction::Rows, std::move(divisor), dtype);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -186,7 +191,7 @@ Tensor sum_autograd(
     const OptionalTensor& pos_weight,
     c10::SymInt divisor,
     OptionalType dtype) {
-  if (needs_graph(input, target)) {
+  if (needs_graph(input, target, weight, pos_weight)) {
     return differentiable(input, target, weight, pos_weight, Reduction::Sum, std::move(divisor), dtype);
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -428,19 +428,24 @@ class Run:
         # In float64 and on the device: exact enough to compare runs, and no step waits for it.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = torch.zeros((), dtype=torch.float64, device=self.device)
-        for pictures, targets, known in tqdm(loader, desc=f"epoch {epoch}", unit="batch", leave=False, mininterval=1):
-            weight = known.to(self.device, non_blocking=True)
-            logits = logits_of(self.model, to_input(pictures, self.device))
-            loss = self.loss(logits, targets.to(self.device, non_blocking=True), weight)
-            known_count = weight.sum()
-            self.optimizer.zero_grad(set_to_none=True)
-            # A batch of which nothing is known has loss 0 and must not divide 0 by 0.
-            (loss / known_count.clamp(min=1)).backward()
-            self.optimizer.step()
+        for batch in tqdm(loader, desc=f"epoch {epoch}", unit="batch", leave=False, mininterval=1):
+            loss, known_count = self.train_step(*batch)
             self.scheduler.step()
-            total += loss.detach()
+            total += loss
             count += known_count
         return float(total / count)
+
+    def train_step(self, pictures: Tensor, targets: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimiser; returns the loss summed over the known labels, and their number."""
+        weight = known.to(self.device, non_blocking=True)
+        logits = logits_of(self.model, to_input(pictures, self.device))
+        loss = self.loss(logits, targets.to(self.device, non_blocking=True), weight)
+        known_count = weight.sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        # A batch of which nothing is known has loss 0 and must not divide 0 by 0.
+        (loss / known_count.clamp(min=1)).backward()
+        self.optimizer.step()
+        return loss.detach(), known_count
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:

@@ -38,7 +38,8 @@ def _replacement(name: str, original: Function) -> Function:
     def call(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         factors = [args[place] for place in places if place < len(args)]
         tensors = (input, target, *factors, kwargs.get("weight"), kwargs.get("pos_weight"))
-        if has_override(tensors):
+        # The compiler knows how to ask at the ops; here it would ask about a subclass for ever.
+        if not torch.compiler.is_compiling() and has_override(tensors):
             overridden: Tensor = override(replacement, tensors, input, target, *args, **kwargs)
             return overridden
         return fused(input, target, *args, **kwargs)

@@ -10,13 +10,18 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._jit_internal import is_scripting
 from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
 from torch.nn import _reduction
+from torch.overrides import handle_torch_function, has_torch_function
 
-from fused_sce import reference
+from fused_sce import _script, reference
 from fused_sce._checks import check_reduction, check_tensors
 from fused_sce._extension import _C
 
@@ -60,10 +65,15 @@ def binary_cross_entropy_with_logits(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if is_scripting():
+        return _script.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
     if not torch.compiler.is_compiling():
         loss: Tensor | None = _C.usual_loss(input, target, weight, pos_weight, reduction, False)
         if loss is not None:
             return loss
+        if has_torch_function((input, target, weight, pos_weight)):
+            options = {"weight": weight, "reduction": reduction, "pos_weight": pos_weight}
+            return _overridden(binary_cross_entropy_with_logits, input, target, options)
     check_reduction(reduction)
     check_tensors(input, target, weight, pos_weight)
     return _reduced(input, target, weight, pos_weight, reduction)
@@ -100,6 +110,9 @@ def sigmoid_cross_entropy(
         loss: Tensor | None = _C.usual_loss(input, target, weight, pos_weight, reduction, False)
         if loss is not None:
             return loss
+        if has_torch_function((input, target, weight, pos_weight)):
+            options = {"weight": weight, "pos_weight": pos_weight, "reduction": reduction}
+            return _overridden(sigmoid_cross_entropy, input, target, options)
     check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
     check_tensors(input, target, weight, pos_weight)
     if reduction == "sum_classes" and input.dim() == 0:
@@ -137,14 +150,21 @@ def multilabel_soft_margin_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if is_scripting():
+        return _script.multilabel_soft_margin_loss(input, target, weight, reduction)
     if not torch.compiler.is_compiling():
         loss: Tensor | None = _C.usual_loss(input, target, weight, None, reduction, True)
         if loss is not None:
             return loss
+        if has_torch_function((input, target, weight)):
+            options = {"weight": weight, "reduction": reduction}
+            return _overridden(multilabel_soft_margin_loss, input, target, options)
     check_reduction(reduction)
     check_tensors(input, target, weight, None)
     if input.dim() == 0:
         raise IndexError("input must have a last dimension, the labels, but it is a scalar")
+    if is_tracing() and not _needs_reference(input, weight, None):
+        return _script.traced_multilabel_soft_margin_loss(input, target, weight, reduction)
 
     dtype: torch.dtype | None = None
     mixed = input.dtype != target.dtype or (weight is not None and weight.dtype != input.dtype)
@@ -159,6 +179,13 @@ def multilabel_soft_margin_loss(
     return _sum(input, target, weight, None, divisor, dtype)
 
 
+def _overridden(function: Callable[..., Tensor], input: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    """What the `__torch_function__` of an argument or a mode makes of a call: `torch.fx` puts it into its graph."""
+    tensors = (input, target, options["weight"], options.get("pos_weight"))
+    loss: Tensor = handle_torch_function(function, tensors, input, target, **options)
+    return loss
+
+
 def _reduced(
     input: Tensor,
     target: Tensor,
@@ -167,6 +194,8 @@ def _reduced(
     reduction: str,
 ) -> Tensor:
     """The loss of checked arguments with one of the reductions of `sigmoid_cross_entropy`."""
+    if is_tracing() and not _needs_reference(input, weight, pos_weight):
+        return _script.traced_sigmoid_cross_entropy(input, target, weight, pos_weight, reduction)
     if reduction == "none":
         return _elementwise(input, target, weight, pos_weight)
     if reduction == "mean":
@@ -229,9 +258,10 @@ def _needs_reference(input: Tensor, weight: Tensor | None, pos_weight: Tensor | 
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        return True
-    if pos_weight is not None and pos_weight.requires_grad and torch.is_grad_enabled():
+    by_weight = weight is not None and weight.requires_grad
+    by_pos_weight = pos_weight is not None and pos_weight.requires_grad
+    # A trace is checked by one without gradients, which must be the same.
+    if (by_weight or by_pos_weight) and (torch.is_grad_enabled() or is_tracing()):
         return True
     return input.device.type not in _KERNEL_DEVICES and _lacks_kernels(input.device.type)
 

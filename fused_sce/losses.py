@@ -1,10 +1,10 @@
 """The losses as modules, with the constructors and attributes of torch's."""
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: torch.jit.script does not understand those of a class as text.
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 
-from fused_sce import functional
+from fused_sce import _script, functional
 from fused_sce._checks import check_reduction
 
 __all__ = ["BCEWithLogitsLoss", "MultiLabelSoftMarginLoss", "SigmoidCrossEntropyLoss"]
@@ -92,6 +92,8 @@ class SigmoidCrossEntropyLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits `input` for `target`."""
+        if is_scripting():  # which has no keyword-only arguments
+            return _script.sigmoid_cross_entropy(input, target, self.weight, self.pos_weight, self.reduction)
         return functional.sigmoid_cross_entropy(
             input,
             target,

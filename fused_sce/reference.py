@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fused_sce import _sharding
+
 
 def result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     """The dtype of the loss: the target's if it is floating point, as torch's BCEWithLogitsLoss, else the input's."""
@@ -20,6 +22,14 @@ def result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
 def computing_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     """The dtype computed in: float64 if input or target is, else float32."""
     return torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
+
+
+def _softplus(x: Tensor) -> Tensor:
+    if _sharding.dtensor_class is not None and isinstance(x, _sharding.dtensor_class):
+        # logsigmoid of a DTensor has no gradient (torch 2.15).
+        loss: Tensor = torch.ops.fused_sce.sigmoid_cross_entropy(x, torch.zeros_like(x))
+        return loss
+    return -logsigmoid(-x)
 
 
 def sigmoid_cross_entropy(
@@ -48,8 +58,8 @@ def sigmoid_cross_entropy(
     computing = computing_dtype(input, target)
     x = input.to(computing)
     t = target.to(computing)
-    negative = -logsigmoid(-x)
-    positive = -logsigmoid(x)
+    negative = _softplus(x)
+    positive = _softplus(-x)
     if pos_weight is not None:
         positive = pos_weight.to(computing) * positive
     # Where a factor is 0 its term is 0 even at an infinite logit. Both selections: of the value, and of what enters the

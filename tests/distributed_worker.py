@@ -330,6 +330,50 @@ def a_retained_graph_gives_the_same_gradient_again() -> None:
     assert_same(again, tripled)
 
 
+def assert_gradients_of_weights(mesh: DeviceMesh, placements: Placements) -> None:
+    x, t = sample(5, 7)
+
+    def gradients(loss: Loss, x: Tensor, t: Tensor, **weights: Tensor) -> list[Tensor]:
+        leaves = [each.requires_grad_() for each in (x, t, *weights.values())]
+        value = loss(x, t, **weights)
+        return [value, *torch.autograd.grad((value * 3).sum(), leaves)]
+
+    for name, loss in LOSSES.items():
+        for weights in weightings(x).values():
+            if name.startswith("soft margin"):
+                weights.pop("pos_weight", None)
+            expected = gradients(loss, x.clone(), t.clone(), **{key: each.clone() for key, each in weights.items()})
+            replicated = [Replicate()] * mesh.ndim
+            ours = gradients(
+                loss,
+                put(x, mesh, placements),
+                put(t, mesh, placements),
+                **{key: put(each, mesh, replicated) for key, each in weights.items()},
+            )
+            for one, other in zip(ours, expected, strict=True):
+                assert_same(one.full_tensor(), other)
+            assert ours[1].placements == tuple(placements)
+
+
+@check(2)
+def gradients_of_weights() -> None:
+    for placement in (Shard(0), Shard(1), Replicate()):
+        assert_gradients_of_weights(line(), [placement])
+
+
+@check(2)
+def gradients_of_weights_need_no_communication_where_all_is_sharded_by_class() -> None:
+    mesh = line()
+    x, t = sample(4, 6)
+    logits, target = put(x, mesh, [Shard(1)]).requires_grad_(), put(t, mesh, [Shard(1)])
+    weight, pos_weight = (put(torch.ones(6, dtype=x.dtype), mesh, [Shard(0)]).requires_grad_() for _ in range(2))
+    with CommDebugMode() as communication:
+        loss = F.sigmoid_cross_entropy(logits, target, weight=weight, pos_weight=pos_weight)
+        gradients = torch.autograd.grad(loss, (logits, weight, pos_weight))
+    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    assert [each.placements for each in gradients] == [(Shard(1),), (Shard(0),), (Shard(0),)]
+
+
 @check(2)
 def ops_called_directly() -> None:
     mesh = line()
@@ -513,6 +557,11 @@ def a_class_parallel_head_never_gathers_its_logits() -> None:
 @check(4)
 def shard_by_batch_and_class() -> None:
     check_all_losses(square(), [Shard(0), Shard(1)], (5, 7))
+
+
+@check(4)
+def gradients_of_weights_by_batch_and_class() -> None:
+    assert_gradients_of_weights(square(), [Shard(0), Shard(1)])
 
 
 @check(4)

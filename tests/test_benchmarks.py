@@ -12,6 +12,7 @@ import cpu_speed
 import measure
 import pytest
 import torch
+import train_step
 
 
 def test_compare_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +86,18 @@ def test_call_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     # one graph for the first batch size, and one for all others
     assert written["graphs"]["fused_sce.BCEWithLogitsLoss"] == 2
     assert written["graphs"]["fused_sce.MultiLabelSoftMarginLoss"] == 2
+
+
+def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "LABELS", (3,))
+    assert train_step.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "train_step.json").read_text())["rows"]
+    assert [(row["labels"], row["loss"]) for row in rows] == [(3, "fused"), (3, "naive"), (3, "torch")]
+    assert rows[0]["ratio_to_fused"] == 1
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert 0 < row["loss_seconds"] < row["step_seconds_20"] <= row["step_seconds"] <= row["step_seconds_80"]
+        assert f"{row['step_seconds'] * 1e3:.1f}" in printed
 
 
 def test_every_line_names_candidates_of_its_group() -> None:

@@ -1,4 +1,7 @@
-"""torch.compile, torch.export and AOTInductor: the fused op in one graph, for any batch size."""
+"""Whatever makes a program of the loss: torch.compile, torch.export, AOTInductor, TorchScript, torch.fx.
+
+The fused op is in it, once, and the program is right for any batch size.
+"""
 
 from __future__ import annotations
 
@@ -127,3 +130,96 @@ def test_aot_inductor_package(tmp_path: Path) -> None:
             expected_loss, expected_logits = model(*inputs)
             torch.testing.assert_close(loss, expected_loss)
             torch.testing.assert_close(logits, expected_logits)
+
+
+def scripted(loss: nn.Module) -> Any:
+    return torch.jit.script(loss)
+
+
+def traced(loss: nn.Module) -> Any:
+    return torch.jit.trace(loss, batch_of_logits(4))
+
+
+def batch_of_logits(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 5, requires_grad=True), torch.rand(rows, 5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiler", [scripted, traced])
+@pytest.mark.parametrize("name", list(losses()))
+def test_torchscript(name: str, compiler: Any, tmp_path: Path) -> None:
+    loss = losses()[name]
+    program = compiler(loss)
+    torch.jit.save(program, str(tmp_path / "loss.pt"))
+    for each in (program, torch.jit.load(str(tmp_path / "loss.pt"))):
+        for rows in (4, 1, 9):
+            x, t = batch_of_logits(rows)
+            ours, expected = each(x, t), loss(x, t)
+            assert torch.equal(ours, expected)
+            upstream = torch.rand_like(ours)
+            torch.testing.assert_close(
+                torch.autograd.grad(ours, x, upstream), torch.autograd.grad(expected, x, upstream)
+            )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_torchscript_gives_the_same_dtypes(autocast: bool) -> None:
+    # Whether autocast is on TorchScript cannot ask: float64 stays what it is without.
+    dtypes = [torch.float32, torch.bfloat16] + [torch.float64] * (not autocast)
+    for module in (fused_sce.BCEWithLogitsLoss, fused_sce.MultiLabelSoftMarginLoss, fused_sce.SigmoidCrossEntropyLoss):
+        for weight in (None, torch.rand(5, dtype=dtypes[-1]), torch.tensor(2.0, dtype=torch.float64)):
+            loss = module(weight=weight)
+            program = scripted(loss)
+            for input_dtype in dtypes:
+                for target_dtype in (*dtypes, torch.uint8):
+                    x, t = torch.randn(4, 5).to(input_dtype), torch.randint(0, 2, (4, 5)).to(target_dtype)
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        assert torch.equal(program(x, t), loss(x, t))
+                        assert program(x, t).dtype == loss(x, t).dtype
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_explains_errors() -> None:
+    x, t = batch_of_logits(4)
+    for module in (fused_sce.BCEWithLogitsLoss, fused_sce.MultiLabelSoftMarginLoss, fused_sce.SigmoidCrossEntropyLoss):
+        program = scripted(module())
+        with pytest.raises(Exception, match="must be the same as input size"):
+            program(x, t[:3])
+        with pytest.raises(Exception, match="input must be floating point"):
+            program(t > 0.5, t)
+        weight = torch.rand(5, requires_grad=True)
+        for logits in (x, x.detach()):
+            with pytest.raises(Exception, match="no gradient by weight or pos_weight"):
+                scripted(module(weight=weight))(logits, t)
+    for reduction in ("sum_classes", "average"):
+        for module in (fused_sce.BCEWithLogitsLoss, fused_sce.MultiLabelSoftMarginLoss):
+            with pytest.raises(Exception, match="is not a valid value for reduction"):
+                scripted(module(reduction=reduction))(x, t)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_gradient_by_weights() -> None:
+    weight = torch.rand(5, requires_grad=True)
+    for loss in (fused_sce.BCEWithLogitsLoss(pos_weight=weight), fused_sce.MultiLabelSoftMarginLoss(weight=weight)):
+        program = traced(loss)
+        x, t = batch_of_logits(9)
+        ours, expected = program(x, t), loss(x, t)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(expected, (x, weight)))
+
+
+@pytest.mark.parametrize("name", list(losses()))
+def test_fx(name: str, tmp_path: Path) -> None:
+    model = Model(losses()[name])
+    program = torch.fx.symbolic_trace(model)
+    assert program.code.count("fused_sce_functional_") == 1
+    torch.save(program, tmp_path / "program.pt")
+    loaded = torch.load(tmp_path / "program.pt", weights_only=False)
+    torch._dynamo.reset()
+    for each in (program, loaded, torch.compile(program, backend="aot_eager", fullgraph=True)):
+        for rows in (4, 9):
+            features, target = batch(rows)
+            expected = gradients(model, features, target)
+            torch.testing.assert_close(gradients(program, features, target), expected)
+            torch.testing.assert_close(each(features, target), model(features, target))

@@ -24,10 +24,11 @@ TIMEOUT = 300
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder:  # torchrun leaves its logs in TMPDIR
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": folder}
+        return subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
 
 
 def torchrun(processes: int, program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,14 @@
-"""The dispatcher ops: registration, compilation, autocast, meta tensors."""
+"""The dispatcher ops: registration, compilation, autocast, meta tensors, subclasses and modes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import fused_sce
 from fused_sce import functional as F
@@ -121,13 +123,18 @@ def test_batch_size_does_not_recompile() -> None:
     assert compiles == 1
 
 
-def test_compiled_autograd_traces_through() -> None:
-    x = torch.randn(4, 7, requires_grad=True)
-    t = torch.rand(4, 7)
-    (expected,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(x, t), x)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
-        F.binary_cross_entropy_with_logits(x, t).backward()
-    torch.testing.assert_close(x.grad, expected)
+@pytest.mark.parametrize("loss", [F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiled_autograd_traces_through(loss: Callable[..., Tensor], reduction: str) -> None:
+    torch._dynamo.reset()
+    weight = torch.rand(7)
+    for rows in (4, 9, 5):
+        x = torch.randn(rows, 7, requires_grad=True)
+        t = torch.rand(rows, 7, requires_grad=True)
+        expected = torch.autograd.grad(loss(x, t, weight, reduction=reduction).sum() * 3, (x, t))
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            (loss(x, t, weight, reduction=reduction).sum() * 3).backward()
+        torch.testing.assert_close((x.grad, t.grad), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,6 +161,33 @@ def test_autocast_reads_the_logits_as_they_are(device: str, dtype: torch.dtype) 
     torch.testing.assert_close(loss, exact, rtol=2.0**-19 if device == "cuda" else 0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_with_autocast_and_grad_scaler(device: str, dtype: torch.dtype) -> None:
+    data = torch.randn(256, 64, device=device)
+    wanted = (data @ torch.randn(64, 40, device=device) > 4).float()
+
+    def train(criterion: torch.nn.Module) -> list[float]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 40)).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            with torch.autocast(device, dtype=dtype):
+                loss = criterion(model(data), wanted)
+            assert loss.dtype == torch.float32
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        return losses
+
+    ours, theirs = train(fused_sce.BCEWithLogitsLoss()), train(torch.nn.BCEWithLogitsLoss())
+    assert ours[-1] < 0.3 * ours[0]
+    assert ours == pytest.approx(theirs, rel=0.05, abs=2e-3)
+
+
 def test_autocast_through_the_reference() -> None:
     x, t = torch.randn(3, 4, dtype=torch.bfloat16), torch.rand(3, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -175,8 +209,9 @@ def test_meta_tensors(reduction: str) -> None:
 
 def test_direct_call_refuses_a_weight_that_wants_a_gradient() -> None:
     x, weight = torch.randn(3, requires_grad=True), torch.rand(3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no gradient by weight"):
-        ops.sigmoid_cross_entropy_sum(x, x.detach(), weight)
+    for input in (x, x.detach()):
+        with pytest.raises(RuntimeError, match="no gradient by weight"):
+            ops.sigmoid_cross_entropy_sum(input, x.detach(), weight)
 
 
 def test_direct_call_is_checked_too() -> None:
@@ -201,3 +236,45 @@ def test_device_without_kernels_says_so_and_is_right(monkeypatch: pytest.MonkeyP
         loss = fused_sce.BCEWithLogitsLoss()(x, t)
     torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(x, t))
     F._lacks_kernels.cache_clear()
+
+
+LOSSES = [F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss, F.sigmoid_cross_entropy]
+
+
+class Subclass(Tensor):
+    """Any subclass that does not say otherwise: results are of it."""
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_subclasses_are_asked(loss: Callable[..., Tensor]) -> None:
+    x, t, weight = torch.randn(4, 7), torch.rand(4, 7), torch.rand(7)
+    for place in range(3):
+        tensors = [x, t, weight]
+        tensors[place] = tensors[place].as_subclass(Subclass)
+        for reduction in ("mean", "none"):
+            value = loss(tensors[0], tensors[1], weight=tensors[2], reduction=reduction)
+            assert type(value) is Subclass
+            assert torch.equal(value.as_subclass(Tensor), loss(x, t, weight=weight, reduction=reduction))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert type(compiled(x.as_subclass(Subclass), t)) is Subclass
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_modes_see_the_call_as_it_was_made(loss: Callable[..., Tensor]) -> None:
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append((function, args, kwargs))
+            return function(*args, **(kwargs or {}))
+
+    x, t, weight = torch.randn(4, 7), torch.rand(4, 7), torch.rand(7)
+    seen: list[Any] = []
+    with Mode():
+        value = loss(x, t, weight=weight, reduction="sum")
+    assert torch.equal(value, loss(x, t, weight=weight, reduction="sum"))
+    assert len(seen) == 1
+    function, args, kwargs = seen[0]
+    assert function is loss
+    assert args[0] is x
+    assert args[1] is t
+    assert kwargs["weight"] is weight
+    assert kwargs["reduction"] == "sum"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import itertools
 
 import pytest
@@ -88,7 +86,7 @@ def test_multilabel_soft_margin(
         assert_same(mine, other, dtype)
 
 
-@pytest.mark.parametrize(("input_dtype", "target_dtype"), itertools.product(DTYPES, DTYPES), ids=str)
+@pytest.mark.parametrize(("input_dtype", "target_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_mixed_dtypes_give_torchs_dtypes(device: str, input_dtype: torch.dtype, target_dtype: torch.dtype) -> None:
     x = torch.randn(6, 9, dtype=input_dtype, device=device, requires_grad=True)
     t = torch.rand(6, 9, dtype=target_dtype, device=device)
@@ -202,31 +200,6 @@ def test_scalar_weight_may_stay_on_the_cpu(device: str) -> None:
     assert_same(got, want, torch.float32)
 
 
-@pytest.mark.parametrize("size_average", [None, True, False])
-@pytest.mark.parametrize("reduce", [None, True, False])
-@pytest.mark.filterwarnings("ignore:size_average and reduce")
-def test_deprecated_reduction_arguments(size_average: bool | None, reduce: bool | None) -> None:
-    x, t = torch.randn(5, 3), torch.rand(5, 3)
-    for ours, theirs in (
-        (fused_sce.BCEWithLogitsLoss, torch.nn.BCEWithLogitsLoss),
-        (fused_sce.MultiLabelSoftMarginLoss, torch.nn.MultiLabelSoftMarginLoss),
-    ):
-        mine = ours(size_average=size_average, reduce=reduce)
-        other = theirs(size_average=size_average, reduce=reduce)
-        assert mine.reduction == other.reduction
-        assert_same(mine(x, t), other(x, t), torch.float32)
-    assert_same(
-        F.binary_cross_entropy_with_logits(x, t, None, size_average, reduce),
-        torch_functional.binary_cross_entropy_with_logits(x, t, None, size_average, reduce),
-        torch.float32,
-    )
-    assert_same(
-        F.multilabel_soft_margin_loss(x, t, None, size_average, reduce),
-        torch_functional.multilabel_soft_margin_loss(x, t, None, size_average, reduce),
-        torch.float32,
-    )
-
-
 def test_sum_classes_is_the_sum_per_sample_averaged(device: str) -> None:
     x = torch.randn(5, 7, 11, device=device, requires_grad=True)
     t = torch.rand(5, 7, 11, device=device)
@@ -234,26 +207,6 @@ def test_sum_classes_is_the_sum_per_sample_averaged(device: str) -> None:
     theirs = torch_functional.binary_cross_entropy_with_logits(x, t, reduction="none").sum(-1).mean()
     assert_same(ours, theirs, torch.float32)
     assert_same(gradients(ours, x)[0], gradients(theirs, x)[0], torch.float32)
-
-
-def test_modules_are_torchs_modules() -> None:
-    weight, pos_weight = torch.rand(3), torch.rand(3)
-    ours = fused_sce.BCEWithLogitsLoss(weight=weight, pos_weight=pos_weight, reduction="sum")
-    theirs = torch.nn.BCEWithLogitsLoss(weight=weight, pos_weight=pos_weight, reduction="sum")
-    assert isinstance(ours, torch.nn.BCEWithLogitsLoss)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    theirs.load_state_dict(ours.state_dict())
-    assert repr(ours) == repr(theirs)
-
-    x, t = torch.randn(4, 3), torch.rand(4, 3)
-    saved = io.BytesIO()
-    torch.save(ours, saved)
-    saved.seek(0)
-    for twin in (copy.deepcopy(ours), torch.load(saved, weights_only=False)):
-        assert torch.equal(twin(x, t), ours(x, t))
-    half = ours.to(torch.float64)
-    assert half.pos_weight is not None
-    assert half.pos_weight.dtype == torch.float64
 
 
 @pytest.mark.parametrize(

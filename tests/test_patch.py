@@ -143,9 +143,6 @@ def test_every_argument_by_place_and_by_name() -> None:
 
 
 def test_subclasses_and_modes_are_asked() -> None:
-    class Subclass(Tensor):
-        pass
-
     class Mode(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             asked.append(function)
@@ -164,6 +161,21 @@ def test_subclasses_and_modes_are_asked() -> None:
         with Mode():
             torch_functional.multilabel_soft_margin_loss(x, t)
         assert asked[0].__name__ == "multilabel_soft_margin_loss"
+
+
+class Subclass(Tensor):
+    """Any subclass that does not say otherwise: results are of it."""
+
+
+def test_subclasses_are_asked_by_compiled_code() -> None:
+    torch._dynamo.reset()
+    x, t = sample()
+    compiled = torch.compile(torch_functional.binary_cross_entropy_with_logits, backend="eager", fullgraph=True)
+    with fused_sce.patch_torch():
+        patched = torch.compile(torch_functional.binary_cross_entropy_with_logits, backend="eager", fullgraph=True)
+        for function in (compiled, patched):
+            loss = function(x.as_subclass(Subclass), t)  # type: ignore[no-untyped-call]
+            assert type(loss) is Subclass
 
 
 def test_compiled_code_follows() -> None:

@@ -119,17 +119,17 @@ def test_whoever_listens_hears_the_call() -> None:
 
     class Listener(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            seen.append(str(func))
+            seen.append(func)
             return func(*args, **(kwargs or {}))
 
     x, t = torch.randn(5, 7), torch.rand(5, 7)
     with Listener():
         loss = F.binary_cross_entropy_with_logits(x, t)
-    assert any("sigmoid_cross_entropy_sum" in name for name in seen)
+    assert seen == [F.binary_cross_entropy_with_logits]
     assert torch.equal(loss, F.binary_cross_entropy_with_logits(x, t))
 
     traced = torch.jit.trace(lambda x, t: F.binary_cross_entropy_with_logits(x, t), (x, t), check_trace=False)  # type: ignore[no-untyped-call]
-    assert "fused_sce::sigmoid_cross_entropy_sum" in str(traced.graph)
+    assert "fused_sce::sigmoid_cross_entropy_sum" in str(traced.inlined_graph)
     assert torch.equal(traced(2 * x, t), F.binary_cross_entropy_with_logits(2 * x, t))
 
     with forward_ad.dual_level():
