@@ -12,7 +12,6 @@ import cpu_speed
 import measure
 import pytest
 import torch
-import train_step
 
 
 def test_compare_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +88,9 @@ def test_call_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision", reason="the example's models")
+    import train_step
+
     monkeypatch.setattr(train_step, "LABELS", (3,))
     assert train_step.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "train_step.json").read_text())["rows"]
