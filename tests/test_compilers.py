@@ -3,8 +3,7 @@
 The fused op is in it, once, and the program is right for any batch size.
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: torch.fx 2.11 cannot save a graph whose annotations are text.
 from pathlib import Path
 from typing import Any
 

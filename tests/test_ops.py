@@ -255,7 +255,9 @@ def test_subclasses_are_asked(loss: Callable[..., Tensor]) -> None:
             value = loss(tensors[0], tensors[1], weight=tensors[2], reduction=reduction)
             assert type(value) is Subclass
             assert torch.equal(value.as_subclass(Tensor), loss(x, t, weight=weight, reduction=reduction))
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    # "eager": for what comes after, torch 2.11 cannot take a subclass, whatever the op.
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
     assert type(compiled(x.as_subclass(Subclass), t)) is Subclass
 
 
