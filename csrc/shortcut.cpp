@@ -37,7 +37,7 @@ bool nobody_listens() {
 bool is_plain(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return false;
   const Tensor& tensor = THPVariable_Unpack(object);
-  return tensor.layout() == c10::kStrided && !tensor._fw_grad(0).defined();
+  return tensor.layout() == c10::kStrided && !tensor.is_nested() && !tensor._fw_grad(0).defined();
 }
 
 // A weight that may be taken as it is. The kernels have no gradient by it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fused_sce import _sharding
@@ -11,7 +12,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
     """Check the tensors of a loss against each other.
 
     Raises:
-        TypeError: An argument is no tensor, `input` is not floating point, or another one is complex.
+        TypeError: An argument is no dense tensor, `input` is not floating point, or another one is complex.
         ValueError: `target` has another shape than `input`.
         RuntimeError: `weight` or `pos_weight` does not broadcast to `input`'s shape, or a tensor is on another device,
             or only some are DTensors, or they are on different meshes.
@@ -20,6 +21,8 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    for name, tensor in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        check_dense(name, tensor)
     if _sharding.dtensor_class is not None:  # before the shapes: a rank's own part has another one than the whole
         for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
             check_mesh(name, tensor, input)
@@ -40,6 +43,16 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
         check_factor("weight", weight, input)
     if pos_weight is not None:
         check_factor("pos_weight", pos_weight, input)
+
+
+def check_dense(name: str, tensor: Tensor | None) -> None:
+    """Check that a tensor is neither nested nor sparse; before its shape, which a nested one may not have."""
+    if not isinstance(tensor, Tensor):
+        return
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass torch.cat({name}.unbind())")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: pass {name}.to_dense()")
 
 
 def shape_hint(input: Tensor, target: Tensor) -> str:
@@ -91,33 +104,33 @@ def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
 
 def check_mesh(name: str, tensor: Tensor | None, input: Tensor) -> None:
     """Check that a tensor is a DTensor if the logits are one, over the same mesh; a scalar tensor need not be one."""
-    dtensor = _sharding.dtensor_class
-    if dtensor is None or not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor):
         return
-    if isinstance(input, dtensor) and isinstance(tensor, dtensor):
-        if tensor.device_mesh != input.device_mesh:
+    logits, other = _sharding.dtensor_of(input), _sharding.dtensor_of(tensor)
+    if logits is not None and other is not None:
+        if other.device_mesh != logits.device_mesh:
             raise RuntimeError(
-                f"{name} and input are DTensors on different meshes, {tensor.device_mesh} and {input.device_mesh}: "
+                f"{name} and input are DTensors on different meshes, {other.device_mesh} and {logits.device_mesh}: "
                 f"make both on one, for example with torch.distributed.tensor.distribute_tensor({name}.full_tensor(), "
                 "input.device_mesh, input.placements)"
             )
-    elif isinstance(input, dtensor):
+    elif logits is not None:
         if tensor.numel() == 1 and name != "target":
             return
-        if dtensor._op_dispatcher._allow_implicit_replication:
+        if logits._op_dispatcher._allow_implicit_replication:
             return
         # A factor has dimensions of its own: replicated, distribute_tensor's default, it fits every placement.
         whole, part = ("input.placements",) * 2 if name == "target" else ("", "its placements")
         arguments = ", ".join(filter(None, (name, "input.device_mesh", whole)))
         raise RuntimeError(
-            f"input is a DTensor placed {input.placements}, but {name} is a plain tensor of shape "
+            f"input is a DTensor placed {logits.placements}, but {name} is a plain tensor of shape "
             f"{tuple(tensor.shape)}. If each rank has the whole of it, pass "
             f"torch.distributed.tensor.distribute_tensor({arguments}); if each has its own part, "
             f"torch.distributed.tensor.DTensor.from_local({name}, input.device_mesh, {part})"
         )
-    elif isinstance(tensor, dtensor):
+    elif other is not None:
         raise RuntimeError(
-            f"{name} is a DTensor placed {tensor.placements}, but input is a plain tensor. If the model's output is "
+            f"{name} is a DTensor placed {other.placements}, but input is a plain tensor. If the model's output is "
             "meant to be sharded, keep it a DTensor (use_local_output=False in ColwiseParallel and its like); if not, "
             f"pass {name}.full_tensor()"
         )

@@ -16,6 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -29,6 +31,18 @@ _DTENSOR_MODULE = "torch.distributed.tensor"
 
 dtensor_class: type[DTensor] | None = None
 """The class, None until it is imported: as long as there can be no tensor of it, none need be looked for."""
+
+
+def dtensor_of(tensor: Tensor) -> DTensor | None:
+    """The DTensor that a tensor is, or wraps inside a transform of `torch.func`; None: neither."""
+    if dtensor_class is None:
+        return None
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return None  # Dynamo does not trace what looks inside.
+        while is_functorch_wrapped_tensor(tensor):
+            tensor = get_unwrapped(tensor)
+    return tensor if isinstance(tensor, dtensor_class) else None
 
 
 def register_when_imported() -> None:

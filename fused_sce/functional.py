@@ -59,7 +59,7 @@ def binary_cross_entropy_with_logits(
         else the input's; under autocast float32.
 
     Raises:
-        TypeError: `input` is not floating point, or another argument is complex or no tensor.
+        TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
         ValueError: `target`'s shape differs from `input`'s, or `reduction` is unknown.
         RuntimeError: `weight` or `pos_weight` does not broadcast, or tensors are on different devices.
     """
@@ -102,7 +102,7 @@ def sigmoid_cross_entropy(
         else the input's; under autocast float32.
 
     Raises:
-        TypeError: `input` is not floating point, or another argument is complex or no tensor.
+        TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
         ValueError: `target`'s shape differs from `input`'s, `reduction` is unknown, or "sum_classes" met a scalar.
         RuntimeError: `weight` or `pos_weight` does not broadcast, or tensors are on different devices.
     """
@@ -143,7 +143,7 @@ def multilabel_soft_margin_loss(
         which torch promotes input, target and weight; under autocast float32.
 
     Raises:
-        TypeError: `input` is not floating point, or another argument is complex or no tensor.
+        TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
         ValueError: `target`'s shape differs from `input`'s, or `reduction` is unknown.
         IndexError: `input` has no dimension.
         RuntimeError: `weight` does not broadcast, or tensors are on different devices.
@@ -254,7 +254,7 @@ def _needs_reference(input: Tensor, weight: Tensor | None, pos_weight: Tensor | 
     """Whether only the plain torch functions can do it.
 
     A C++ autograd Function raises under `torch.func` transforms and forward-mode AD; the kernels have no gradient by
-    weight or pos_weight; and there are kernels for CPU and CUDA only.
+    weight or pos_weight; there are kernels for CPU and CUDA only; and ONNX knows torch's operators, not ours.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
@@ -262,6 +262,8 @@ def _needs_reference(input: Tensor, weight: Tensor | None, pos_weight: Tensor | 
     by_pos_weight = pos_weight is not None and pos_weight.requires_grad
     # A trace is checked by one without gradients, which must be the same.
     if (by_weight or by_pos_weight) and (torch.is_grad_enabled() or is_tracing()):
+        return True
+    if torch.onnx.is_in_onnx_export():
         return True
     return input.device.type not in _KERNEL_DEVICES and _lacks_kernels(input.device.type)
 

@@ -376,6 +376,38 @@ def gradients_of_weights_need_no_communication_where_all_is_sharded_by_class() -
 
 
 @check(2)
+def transforms() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    for name, loss in LOSSES.items():
+        weights = weightings(x)["per class"]
+        if name.startswith("soft margin"):
+            weights.pop("pos_weight")
+        whole = x.clone().requires_grad_()
+        expected = loss(whole, t, **weights).sum()
+        (3 * expected).backward()
+        for placement in (Shard(0), Shard(1), Replicate()):
+            logits, target = put(x, mesh, [placement]), put(t, mesh, [placement])
+            factors = {key: put(each, mesh, [Replicate()]) for key, each in weights.items()}
+
+            def tripled(logits: Tensor, loss=loss, target=target, factors=factors) -> Tensor:  # type: ignore[no-untyped-def]
+                total: Tensor = 3 * loss(logits, target, **factors).sum()
+                return total
+
+            gradient, value = torch.func.grad_and_value(tripled)(logits)
+            assert_same(value.full_tensor(), 3 * expected)
+            assert gradient.placements == (placement,)
+            assert_same(gradient.full_tensor(), whole.grad)
+    with pytest.raises(RuntimeError, match=r"input is a DTensor placed .*, but target is a plain tensor"):
+        torch.func.grad(lambda logits: F.sigmoid_cross_entropy(logits, t))(put(x, mesh, [Shard(1)]))
+    with pytest.raises(RuntimeError, match=r"target is a DTensor placed .*, but input is a plain tensor"):
+        torch.func.grad(lambda logits: F.sigmoid_cross_entropy(logits, target))(x)
+    # Traced with DTensor imported, whatever that makes the checks look at.
+    gradient_of = torch.func.grad(F.sigmoid_cross_entropy)
+    torch.testing.assert_close(torch.compile(gradient_of, backend="aot_eager", fullgraph=True)(x, t), gradient_of(x, t))
+
+
+@check(2)
 def ops_called_directly() -> None:
     mesh = line()
     x, t = sample(5, 7)

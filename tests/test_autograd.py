@@ -54,8 +54,9 @@ def test_gradcheck_and_gradgradcheck(device: str, loss: Loss, weights: str) -> N
     def function(x: Tensor, t: Tensor) -> Tensor:
         return loss(x, t, **options)
 
-    assert torch.autograd.gradcheck(function, (x, t))
-    assert torch.autograd.gradgradcheck(function, (x, t))
+    # batched: vmap over backward, as torch.autograd.functional.jacobian(vectorize=True)
+    assert torch.autograd.gradcheck(function, (x, t), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, (x, t), check_batched_grad=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

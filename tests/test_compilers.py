@@ -1,10 +1,12 @@
-"""Whatever makes a program of the loss: torch.compile, torch.export, AOTInductor, TorchScript, torch.fx.
+"""Whatever makes a program of the loss: torch.compile, torch.export, AOTInductor, TorchScript, torch.fx, ONNX.
 
-The fused op is in it, once, and the program is right for any batch size.
+The program is right for any batch size, and the fused op is in it, once; in ONNX, which has no such operator, others.
 """
 
 # Without `from __future__ import annotations`: torch.fx 2.11 cannot save a graph whose annotations are text.
+import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -222,3 +224,44 @@ def test_fx(name: str, tmp_path: Path) -> None:
             expected = gradients(model, features, target)
             torch.testing.assert_close(gradients(program, features, target), expected)
             torch.testing.assert_close(each(features, target), model(features, target))
+
+
+@pytest.fixture
+def onnx() -> ModuleType:
+    pytest.importorskip("onnxscript", reason="torch.onnx needs it")
+    return importlib.import_module("onnx.reference")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("exporter", ["torch.export", "TorchScript"])
+@pytest.mark.parametrize("name", list(losses()))
+def test_onnx(name: str, exporter: str, tmp_path: Path, onnx: ModuleType) -> None:
+    model = Model(losses()[name]).eval()
+    path = str(tmp_path / "model.onnx")
+    options: dict[str, Any]
+    if exporter == "torch.export":
+        rows = torch.export.Dim("rows")
+        options = {"dynamic_shapes": {"features": {0: rows}, "target": {0: rows}}, "verbose": False}
+    else:
+        options = {"input_names": ["features", "target"], "dynamic_axes": {"features": {0: "n"}, "target": {0: "n"}}}
+    torch.onnx.export(model, batch(4), path, dynamo=exporter == "torch.export", **options)
+    program = onnx.ReferenceEvaluator(path)
+    for rows in (4, 9):
+        features, target = batch(rows)
+        inputs = {"features": features.numpy(), "target": target.numpy()}
+        for ours, expected in zip(program.run(None, inputs), model(features, target), strict=True):
+            torch.testing.assert_close(torch.from_numpy(ours).reshape(expected.shape), expected.detach())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("exporter", ["torch.export", "TorchScript"])
+def test_onnx_keeps_both_tails(exporter: str, tmp_path: Path, onnx: ModuleType) -> None:
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([-largest, -200, -104, -88, -17, 0, 17, 88, 104, 200, largest]).repeat(2, 1)
+    t = torch.stack([torch.zeros(11), torch.ones(11)])
+    loss = fused_sce.BCEWithLogitsLoss(reduction="none").eval()
+    path = str(tmp_path / "loss.onnx")
+    torch.onnx.export(loss, (x, t), path, dynamo=exporter == "torch.export", input_names=["x", "t"])
+    (ours,) = onnx.ReferenceEvaluator(path).run(None, {"x": x.numpy(), "t": t.numpy()})
+    # ONNX has no log1p: below 1 an error of that size is its.
+    torch.testing.assert_close(torch.from_numpy(ours), loss(x, t), rtol=1e-6, atol=1e-7)

@@ -92,6 +92,26 @@ def test_no_tensor(function: Callable[..., Tensor], name: str) -> None:
         function(**arguments)
 
 
+@pytest.mark.parametrize("name", ["input", "target", "weight"])
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_layouts_that_are_not_dense(function: Callable[..., Tensor], name: str, layout: str) -> None:
+    arguments = {"input": torch.randn(3, 4), "target": torch.rand(3, 4), "weight": torch.rand(3, 4)}
+    dense = arguments[name]
+    arguments[name] = dense.to_mkldnn() if layout == "_mkldnn" else dense.to_sparse(layout=getattr(torch, layout))
+    with pytest.raises(TypeError, match=rf"{name} must be a dense tensor, got layout .*{layout}.*{name}.to_dense\(\)"):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors(function: Callable[..., Tensor], layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
+    with pytest.raises(TypeError, match=r"input must be a dense tensor, got a nested one: .*torch.cat\(input.unbind"):
+        function(x, torch.rand(5, 4))
+    assert function(torch.cat(x.unbind()), torch.rand(5, 4)).dim() == 0
+
+
 @pytest.mark.parametrize("shape", [(5,), (3,), (2, 3, 4), (1, 3, 4), (4, 1)])
 @pytest.mark.parametrize("name", ["weight", "pos_weight"])
 def test_weights_that_do_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
