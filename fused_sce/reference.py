@@ -23,9 +23,9 @@ def computing_dtype(input: Tensor, target: Tensor) -> torch.dtype:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # Above the threshold it is x: exact at 40 in float64 too (e^-40 is a thousandth of a ULP of 40), while at torch's
-    # default, 20, derivatives would be off by e^-20. Not -logsigmoid(-x): that has no gradient as a DTensor (2.15).
-    return softplus(x, threshold=40)
+    # In two halves, so that torch's is asked for negative arguments alone: there its derivatives of every order keep
+    # their precision. (logsigmoid as well, but as a DTensor that has no gradient in torch 2.15.)
+    return torch.where(x > 0, x + softplus(-x), softplus(x))
 
 
 def sigmoid_cross_entropy(

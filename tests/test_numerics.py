@@ -101,6 +101,42 @@ def test_soft_targets_within_four_ulp_of_the_terms(device: str, dtype: torch.dty
             assert abs(mpmath.mpf(got.item()) - exact) <= 4 * step, (x[i], t[i], got)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("route", ["create_graph", "torch.func"])
+def test_second_derivatives_keep_both_tails(device: str, dtype: torch.dtype, target: float, route: str) -> None:
+    # torch's own are 0 from 17 on, where the sigmoid is 1.
+    extremes = torch.tensor([value for value in EXTREMES if value < 87], dtype=dtype)
+    x = torch.cat([extremes, -extremes, torch.linspace(-86, 86, 401, dtype=dtype)]).to(device)
+    t = torch.full_like(x, target)
+
+    def total(x: Tensor) -> Tensor:
+        return F.sigmoid_cross_entropy(x, t, reduction="sum")
+
+    if route == "create_graph":
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), leaf)
+    else:
+        second = torch.func.grad(lambda x: torch.func.grad(total)(x).sum())(x)
+    exact = [mpmath.exp(-abs(v)) / (1 + mpmath.exp(-abs(v))) ** 2 for v in map(mpmath.mpf, x.tolist())]
+    for got, expected, logit in zip(second.tolist(), exact, x.tolist(), strict=True):
+        assert abs(got - expected) <= 4 * torch.finfo(dtype).eps * expected, (logit, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_create_graph_keeps_both_tails(device: str, dtype: torch.dtype) -> None:
+    extremes = torch.tensor(EXTREMES, dtype=dtype)
+    x = torch.cat([extremes, -extremes, torch.linspace(-104, 104, 20_001, dtype=dtype)])
+    x = x.to(device).requires_grad_()
+    for target in (0.0, 1.0):
+        loss = F.sigmoid_cross_entropy(x, torch.full_like(x, target), reduction="sum")
+        (fused,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (differentiable,) = torch.autograd.grad(loss, x, create_graph=True)
+        step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of the subnormals
+        torch.testing.assert_close(differentiable, fused, rtol=4 * torch.finfo(dtype).eps, atol=step)
+
+
 def ulp_step(value: float, dtype: torch.dtype) -> float:
     """The size of one ULP of `value` in a dtype."""
     if dtype == torch.float64:
