@@ -176,7 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     try:
-        return 0 if run(options, device) else 1
+        same = run(options, device)
+        # Together: a process that leaves right after a collective can be aborted, because Gloo's threads may still hold
+        # its tensors while the interpreter is taken down (pytorch#179291).
+        dist.barrier()
+        return 0 if same else 1
     finally:
         dist.destroy_process_group()
 
