@@ -46,8 +46,8 @@ at::ScalarType computing_type(const Saved& saved) {
   return in_double ? at::kDouble : at::kFloat;
 }
 
-// sigmoid(x) and sigmoid(-x) from e^-|x|: right in both tails with their derivatives of every order. at::sigmoid's is
-// y (1 - y), 0 from y = 1 on. Not by abs, whose derivative at 0 is 0.
+// sigmoid(x) and sigmoid(-x) from e^-|x|: right in both tails, and so are their derivatives. at::sigmoid's is y (1 -
+// y), 0 from y = 1 on. Not by abs, whose derivative at 0 is 0.
 std::pair<Tensor, Tensor> sigmoids(const Tensor& x) {
   const Tensor positive = x > 0;
   const Tensor e = at::exp(at::where(positive, -x, x));

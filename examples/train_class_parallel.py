@@ -177,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dist.init_process_group("gloo")
     try:
         same = run(options, device)
-        # Together: a process that leaves right after a collective can be aborted, because Gloo's threads may still hold
-        # its tensors while the interpreter is taken down (pytorch#179291).
+        # No process leaves while another still works: Gloo's threads outlive a collective by a moment, which can end a
+        # process that is taken down at once (see pytorch#179291).
         dist.barrier()
         return 0 if same else 1
     finally:

@@ -21,11 +21,10 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    for name, tensor in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+    check_dense("input", input)
+    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
         check_dense(name, tensor)
-    if _sharding.dtensor_class is not None:  # before the shapes: a rank's own part has another one than the whole
-        for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
-            check_mesh(name, tensor, input)
+        check_mesh(name, tensor, input)  # before the shapes: a rank's own part has another one than the whole
     if not input.is_floating_point():
         raise TypeError(
             f"input must hold floating-point logits, got dtype {input.dtype}"

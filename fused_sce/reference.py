@@ -23,8 +23,8 @@ def computing_dtype(input: Tensor, target: Tensor) -> torch.dtype:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # In two halves, so that torch's is asked for negative arguments alone: there its derivatives of every order keep
-    # their precision. (logsigmoid as well, but as a DTensor that has no gradient in torch 2.15.)
+    # In two halves, so that torch's is asked for negative arguments alone, where its first and second derivative keep
+    # their precision. Not logsigmoid: as a DTensor that has no gradient (torch 2.15).
     return torch.where(x > 0, x + softplus(-x), softplus(x))
 
 
