@@ -38,14 +38,14 @@ test: setup  ## Run all tests
 # The kernels' flags, as in setup.py.
 KERNEL_FLAGS := -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra
 KERNELS := $(wildcard csrc/cpu/*.cpp)
-build/sweep: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/cpu/*)
+build/sweep: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
 	mkdir -p build
 	$(CXX) -O3 $(KERNEL_FLAGS) tests/cpp/sweep.cpp $(KERNELS) -o $@ -lpthread
 
 sweep: build/sweep  ## Check every float32, bfloat16 and float16 logit against float64 (minutes)
 	build/sweep 1
 
-build/kernel: benchmarks/kernel.cpp $(wildcard csrc/*.h csrc/cpu/*)
+build/kernel: benchmarks/kernel.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
 	mkdir -p build
 	$(CXX) -O3 -g $(KERNEL_FLAGS) benchmarks/kernel.cpp $(KERNELS) -o $@
 

@@ -35,7 +35,7 @@ OptionalTensor optional_of(const Tensor& tensor) { return tensor.defined() ? Opt
 
 // Gradients as torch sees them: composed of differentiable ops, for create_graph and for the gradient by the target,
 // where a kernel of our own would not pay. Both sigmoids are evaluated, so the tails are right here too; this and
-// fused_sce/reference.py are the only places besides math.h where the formula stands.
+// fused_sce/reference.py are the only places besides formulas/ where the formula stands.
 Tensor upstream_factor(const Tensor& grad_output, const Saved& saved) {
   Tensor factor = saved.weight ? grad_output * *saved.weight : grad_output;
   return factor / at::Scalar(saved.divisor);

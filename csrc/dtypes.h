@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "math.h"
+#include "formulas/floats.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

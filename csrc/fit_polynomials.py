@@ -1,4 +1,4 @@
-"""Fit the minimax polynomials of math.h and print them as C++ initialisers.
+"""Fit the minimax polynomials of csrc/formulas and print them as C++ initialisers.
 
     python csrc/fit_polynomials.py
 
@@ -151,7 +151,7 @@ def main() -> None:
             bits,
             in_turn,
         )
-        show("log1p", kind, coefficients[1:], error)  # math.h treats the constant, -1/2, by itself
+        show("log1p", kind, coefficients[1:], error)  # exp_log1p.h treats the constant, -1/2, by itself
     coefficients, error = remez_rounded(
         log1p_ratio, lambda e: 1 / log1p_ratio(e), mpf("1e-9"), mpf(1), 8, mpf(1), 24, in_turn=9
     )

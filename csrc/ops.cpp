@@ -174,6 +174,10 @@ BoundProblem bind_problem(
         broadcasts_to(each.tensor, input.sizes()), each.name, " of shape ", each.tensor.sizes(),
         " does not broadcast to the input's shape ", input.sizes());
     each.operand->dtype = dtype_of(each.tensor.scalar_type(), each.name);
+    if (each.operand == &problem.weight || each.operand == &problem.pos_weight) {
+      each.tensor = each.tensor.to(problem.in_double ? ScalarType::Double : ScalarType::Float);
+      each.operand->dtype = dtype_of(each.tensor.scalar_type(), each.name);
+    }
     each.operand->contiguous = each.tensor.is_contiguous() && each.tensor.sizes() == input.sizes();
     if (!each.operand->contiguous) strided.push_back(each);
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtypes.h"
+#include "formulas/floats.h"
 
 namespace fused_sce {
 
@@ -30,8 +31,9 @@ struct Result {
 
 // A loss over `numel` elements in row-major order of `sizes`. Which results are set says what to compute:
 //   loss:     the loss of each element (reduction "none");
-//   gradient: d loss / d logits of each element, divided by `divisor`, times `upstream` where present;
-// A sum is asked of the reducing entry points, which write what they add up elsewhere.
+//   gradient: d loss / d logits of each element, divided by `divisor` and `count`, times `upstream` where present. It
+//             may lie in the memory of the logits (element for element), and nowhere else in that of an operand.
+// Sums come from `sum()` and `rows()`, which write them elsewhere.
 struct Problem {
   int64_t numel = 0;
   int ndim = 1;  // at least 1
@@ -39,10 +41,11 @@ struct Problem {
 
   Operand logits;
   Operand target;
-  Operand weight;
-  Operand pos_weight;
+  Operand weight;      // of the type computed in
+  Operand pos_weight;  // of the type computed in
   Operand upstream;
   double divisor = 1.0;
+  const int64_t* count = nullptr;  // where the kernel runs: divides as well, 0 as if it were 1; null: absent
 
   bool in_double = false;  // computed in double instead of float
   Result loss;

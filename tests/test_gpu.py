@@ -68,7 +68,7 @@ def test_every_61st_float32_within_two_ulp(target: float) -> None:
 @pytest.mark.parametrize("target", [0.0, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_every_16_bit_gradient_of_a_sum(dtype: torch.dtype, target: float, weighted: bool) -> None:
-    # The bound of math.h's formula for sums over 16-bit logits; alone (reduction="none") see test_numerics.py.
+    # The bound of the formula in gpu16.h; alone (reduction="none") see test_numerics.py.
     patterns = np.arange(0, 2**16, dtype=np.uint32).astype(np.uint16).view(np.int16)
     x = torch.from_numpy(patterns).view(dtype).to(CUDA)
     options = {"pos_weight": torch.ones((), device=CUDA)} if weighted else {}

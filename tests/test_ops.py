@@ -156,7 +156,7 @@ def test_autocast_reads_the_logits_as_they_are(device: str, dtype: torch.dtype) 
     exact = F.binary_cross_entropy_with_logits(x.float(), t.float())
     with torch.autocast(device, dtype=dtype):
         loss = F.binary_cross_entropy_with_logits(x, t)
-    # On a GPU sums over 16-bit logits have a formula of their own (math.h), good to 2^-20 + |x| 2^-23; rounding to 16
+    # On a GPU sums over 16-bit logits have a formula of their own (gpu16.h), good to 2^-20 + |x| 2^-23; rounding to 16
     # bits would be seen at 2^-12.
     torch.testing.assert_close(loss, exact, rtol=2.0**-19 if device == "cuda" else 0, atol=0)
 

@@ -137,12 +137,12 @@ void compute(
   alignas(64) T upper[kBlock];
   alignas(64) T lower[kBlock];
   for (int64_t i = 0; i < count; ++i) {
-    const Reduced<T> reduced = reduce(logits[i]);
+    const ReducedArgument<T> reduced = reduce_argument(logits[i]);
     upper[i] = reduced.remainder;
     lower[i] = reduced.scale;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const TwoPart<T> e = exp_of(Reduced<T>{upper[i], lower[i]});
+    const TwoPart<T> e = exp_of(ReducedArgument<T>{upper[i], lower[i]});
     upper[i] = e.upper;
     lower[i] = e.lower;
   }

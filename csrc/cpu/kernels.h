@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../formulas/loss.h"
 #include "../problem.h"
 
 namespace fused_sce::cpu {

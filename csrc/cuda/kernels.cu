@@ -1,6 +1,6 @@
-// The CUDA kernels: launch and reduction. What a thread does in between is in thread.h, the formula in ../math.h.
+// The CUDA kernels: launch and reduction. What a thread does in between is in thread.h, the formulas in ../formulas.
 //
-// Compile with --fmad=false: math.h names every fused multiply-add, and results then have the CPU's bits.
+// Compile with --fmad=false: the formulas name every fused multiply-add, and results then have the CPU's bits.
 #include <cub/block/block_reduce.cuh>
 #include <cub/warp/warp_reduce.cuh>
 

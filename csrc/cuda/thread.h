@@ -9,14 +9,16 @@
 //
 // There are two ways through a problem: Contiguous, in registers and with several loads on their way at once, for what
 // training asks for all day, and Strided, one element at a time, for everything. Both do the same arithmetic: that of
-// the CPU kernels, bit for bit, but for sums over 16-bit logits and their gradients, which math.h has a shorter formula
-// for.
+// the CPU kernels, bit for bit, but for sums over 16-bit logits and their gradients, which gpu16.h has a shorter
+// formula for.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "../formulas/gpu16.h"
+#include "../formulas/loss.h"
 #include "../problem.h"
 #include "launch.h"
 
@@ -211,7 +213,7 @@ struct ComputedIn<double> {
 
 FUSED_SCE_INLINE bool is_finite(double value) { return value - value == 0.0; }
 
-// math.h's formula for every type, with the sum of a group's losses in double. The gradient is divided by the divisor,
+// loss.h's formula for every type, with the sum of a group's losses in double. The gradient is divided by the divisor,
 // whose reciprocal `scale` is.
 template <class Computed>
 struct Exact {

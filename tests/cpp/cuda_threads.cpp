@@ -293,7 +293,7 @@ void expect_rounded(const Problem& problem, const Array& got, const std::string&
   expect(wrong == 0, "%s: %lld of %lld too far off", what.c_str(), (long long)wrong, (long long)got.length());
 }
 
-// A sum of losses by the formula for 16-bit logits, and how far off it may be: what math.h says of each element, and
+// A sum of losses by the formula for 16-bit logits, and how far off it may be: what gpu16.h says of each element, and
 // the float additions of a group of eight.
 struct Bounded {
   double value = 0.0;

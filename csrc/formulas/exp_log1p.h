@@ -1,0 +1,171 @@
+// exp(-|x|) and log1p(e) in two parts each, for float and double, on CPU and CUDA.
+//
+// Everything is branch-free, so that compilers turn the loops of csrc/cpu into vector code. Polynomials are evaluated
+// by pairs (G. Estrin, 1960): as many operations as Horner's scheme, in half as long a chain.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "floats.h"
+
+namespace fused_sce {
+
+// Constants of exp(-|x|) and log1p(e) for one type. The polynomials are minimax fits, printed by fit_polynomials.py.
+template <class T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  using Bits = uint32_t;
+  using SignedBits = int32_t;
+  static constexpr int kMantissaBits = 23;
+  // exp(-104) is below half of the smallest subnormal, 2^-150 = exp(-103.97): from here on the result is 0.
+  static constexpr float kLargest = 104.0f;
+  static constexpr float kLog2E = 1.44269504f;
+  // ln 2 in two parts; the upper has 9 significant bits, so its product with n (8 bits) is exact without fused
+  // multiply-add too.
+  static constexpr float kLn2Upper = 0.693359375f;
+  static constexpr float kLn2Lower = -2.12194440e-4f;
+  // 2^n for the n of exp(-|x|), which reaches -150, is 2^(n + 64) 2^-64: the first is a normal number, and a product
+  // of both with the mantissa rounds once where it is subnormal.
+  static constexpr float kUnscale = 0x1p-64f;
+  // Adding it rounds to an integer (the last bit of 1.5 * 2^23 is 1) and leaves that, plus the biased exponent of 2^64,
+  // in the low bits: one shift makes 2^(n + 64) of it.
+  static constexpr float kRoundMagic = 12582912.0f + 127.0f + 64.0f;
+
+  // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-28.3
+  FUSED_SCE_INLINE float exp_tail(float r, float r2) {
+    const float q0 = mul_add(0.1666652063f, r, 0.4999999345f);
+    const float q2 = mul_add(0.00836871688f, r, 0.04166838805f);
+    return mul_add(mul_add(0.001381459865f, r2, q2), r2, q0);
+  }
+
+  // (log1p(e) - e + e^2 / 2) / e^3, largest error relative to log1p(e) 2^-29.5
+  FUSED_SCE_INLINE float log1p_tail(float e, float e2) {
+    const float q0 = mul_add(-0.2499331236f, e, 0.3333309293f);
+    const float q2 = mul_add(-0.1622840017f, e, 0.1992633641f);
+    const float q4 = mul_add(-0.08592571318f, e, 0.1267977804f);
+    const float q6 = mul_add(-0.01469078753f, e, 0.04430993274f);
+    float q = mul_add(0.002278800821f, e2, q6);
+    q = mul_add(q, e2, q4);
+    q = mul_add(q, e2, q2);
+    return mul_add(q, e2, q0);
+  }
+};
+
+template <>
+struct Constants<double> {
+  using Bits = uint64_t;
+  using SignedBits = int64_t;
+  static constexpr int kMantissaBits = 52;
+  // exp(-746) is below half of the smallest subnormal, 2^-1075 = exp(-745.13).
+  static constexpr double kLargest = 746.0;
+  static constexpr double kLog2E = 1.4426950408889634;
+  // The upper part has 42 significant bits: its product with n (11 bits) is exact.
+  static constexpr double kLn2Upper = 0.69314718055989033;
+  static constexpr double kLn2Lower = 5.4979230187083712e-14;
+  static constexpr double kUnscale = 0x1p-512;                                // n reaches -1076
+  static constexpr double kRoundMagic = 6755399441055744.0 + 1023.0 + 512.0;  // 1.5 * 2^52, and as above
+
+  // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-57.9
+  FUSED_SCE_INLINE double exp_tail(double r, double r2) {
+    const double q0 = mul_add(0.166666666666664125, r, 0.500000000000001063);
+    const double q2 = mul_add(0.00833333333349446166, r, 0.0416666666665301585);
+    const double q4 = mul_add(0.000198412695065787302, r, 0.00138888889436301331);
+    const double q6 = mul_add(2.75575863737815006e-6, r, 0.000024801493098888392);
+    double q = mul_add(2.50000616262395106e-8, r, 2.76302483849967405e-7);
+    q = mul_add(q, r2, q6);
+    q = mul_add(q, r2, q4);
+    q = mul_add(q, r2, q2);
+    return mul_add(q, r2, q0);
+  }
+
+  // (log1p(e) - e + e^2 / 2) / e^3, largest error relative to log1p(e) 2^-57.8
+  FUSED_SCE_INLINE double log1p_tail(double e, double e2) {
+    const double q0 = mul_add(-0.249999999993146704, e, 0.333333333333271531);
+    const double q2 = mul_add(-0.166666659027266018, e, 0.199999999693124153);
+    const double q4 = mul_add(-0.124998663516023178, e, 0.142857021354556968);
+    const double q6 = mul_add(-0.0999353581275547603, e, 0.111100409527109534);
+    const double q8 = mul_add(-0.0822168298676059922, e, 0.0906067764294466865);
+    const double q10 = mul_add(-0.0634639989692719758, e, 0.0736154661495918156);
+    const double q12 = mul_add(-0.0364162275769105703, e, 0.0508840734608170323);
+    const double q14 = mul_add(-0.0111011240423354897, e, 0.0222645940498438777);
+    const double q16 = mul_add(-0.00118457854794970334, e, 0.00427791593566156318);
+    double q = mul_add(-0.0000174416108192306661, e, 0.0002084719054057716);
+    q = mul_add(q, e2, q16);
+    q = mul_add(q, e2, q14);
+    q = mul_add(q, e2, q12);
+    q = mul_add(q, e2, q10);
+    q = mul_add(q, e2, q8);
+    q = mul_add(q, e2, q6);
+    q = mul_add(q, e2, q4);
+    q = mul_add(q, e2, q2);
+    return mul_add(q, e2, q0);
+  }
+};
+
+// The argument of exp(-|x|), reduced: exp(-|x|) = exp(remainder) 2^n, with |remainder| <= ln(2) / 2 and
+// scale = 2^n / kUnscale. `scale` is 0 where the result is.
+template <class T>
+struct ReducedArgument {
+  T remainder;
+  T scale;
+};
+
+template <class T>
+FUSED_SCE_INLINE ReducedArgument<T> reduce_argument(T x) {
+  using C = Constants<T>;
+  using Bits = typename C::Bits;
+  const T a = -std::fabs(x);
+  const T shifted = mul_add(a, C::kLog2E, C::kRoundMagic);
+  const T n = shifted - C::kRoundMagic;  // a / ln 2, rounded to an integer
+  const T remainder = mul_add(n, -C::kLn2Lower, mul_add(n, -C::kLn2Upper, a));
+  const T scale = bit_cast<T>(bit_cast<Bits>(shifted) << C::kMantissaBits);
+  const bool is_zero = a < -C::kLargest;  // both are meaningless there; a NaN compares false and stays NaN
+  return {is_zero ? T(0) : remainder, is_zero ? T(0) : scale};
+}
+
+// exp(-|x|) in two parts: upper alone is within 1 ULP, both together within 0.81 (every 17th float up to 87). NaN gives
+// NaN. Subnormal results are rounded once, never flushed.
+template <class T>
+FUSED_SCE_INLINE TwoPart<T> exp_of(ReducedArgument<T> reduced) {
+  using C = Constants<T>;
+  const T r = reduced.remainder;
+  const T r2 = r * r;
+  const T p = mul_add(r2, C::exp_tail(r, r2), r);
+  const T mantissa = mul_add(p, C::kUnscale, C::kUnscale);
+  const T lost = mul_add(p, C::kUnscale, C::kUnscale - mantissa);
+  return {mantissa * reduced.scale, lost * reduced.scale};
+}
+
+// c - a b, exactly, for a b within a few ULP of c. The fused form has no rounding; without it the product is formed
+// from halves of a and b (T. J. Dekker, 1971).
+template <class T>
+FUSED_SCE_INLINE T residual_of_product(T a, T b, T c) {
+#if FUSED_SCE_HAS_FMA
+  return mul_add(-a, b, c);
+#else
+  constexpr T kSplit = T((int64_t(1) << ((Constants<T>::kMantissaBits + 2) / 2)) + 1);
+  const T a_upper = a * kSplit - (a * kSplit - a);
+  const T b_upper = b * kSplit - (b * kSplit - b);
+  const T a_lower = a - a_upper;
+  const T b_lower = b - b_upper;
+  return (((c - a_upper * b_upper) - a_upper * b_lower) - a_lower * b_upper) - a_lower * b_lower;
+#endif
+}
+
+// log1p(e); the sum of both parts, not rounded.
+template <class T>
+FUSED_SCE_INLINE TwoPart<T> log1p_of(TwoPart<T> e) {
+  // (e - e^2 / 2) + e^3 tail: the first part rounded, what that lost, and what e.lower adds (times the derivative
+  // 1 / (1 + e), for which 1 - e / 2 is good enough) together with the cubic rest.
+  const T minus_half = T(-0.5) * e.upper;
+  const T upper = mul_add(minus_half, e.upper, e.upper);
+  const T lost = mul_add(minus_half, e.upper, e.upper - upper);
+  const T small = mul_add(e.lower, T(1) + minus_half, lost);
+  const T e2 = e.upper * e.upper;
+  return {upper, mul_add(e2 * e.upper, Constants<T>::log1p_tail(e.upper, e2), small)};
+}
+
+}  // namespace fused_sce

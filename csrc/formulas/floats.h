@@ -1,0 +1,49 @@
+// Arithmetic on floats that means the same to every compiler and processor.
+//
+// Every a*b+c that may be one instruction is written as mul_add. So results do not depend on what a compiler chooses to
+// contract, and a CPU with fused multiply-add and a GPU compute the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../macros.h"
+
+namespace fused_sce {
+
+FUSED_SCE_INLINE float mul_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#elif FUSED_SCE_HAS_FMA
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FUSED_SCE_INLINE double mul_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
+#elif FUSED_SCE_HAS_FMA
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class To, class From>
+FUSED_SCE_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// An unevaluated sum: `upper` is the rounded value, `lower` what the rounding lost.
+template <class T>
+struct TwoPart {
+  T upper;
+  T lower;
+};
+
+}  // namespace fused_sce
