@@ -104,5 +104,5 @@ try-wheel: wheel  ## Install the wheel into a clean environment and run its self
 	build/try-wheel/bin/python tests/smoke.py
 
 clean:  ## Remove everything that was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info $(OUTPUT) fused_sce/*.so fused_sce/_built_for.py
+	rm -rf $(VENV) build dist *.egg-info $(OUTPUT) fused_sce/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,7 @@
-"""Build of the extension: `pip install --no-build-isolation .` against the torch that is installed.
+"""Build of the compiled core: `pip install --no-build-isolation .`.
+
+The core is two libraries without Python, on LibTorch's stable ABI: `libfused_sce.so` (schemas and CPU kernels) and,
+where nvcc is, `libfused_sce_cuda.so`. One build works with every torch from 2.11 on and every Python.
 
 Environment variables:
 
@@ -16,26 +19,32 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 
 # One per generation that nvcc 13 compiles for (Turing, Ampere, Hopper, Blackwell) and PTX for what comes later.
 DEFAULT_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"
 
-# Vector code needs the freedom to evaluate both sides of a condition (no errno, no traps); contraction stays off
+# The oldest torch that the core works with, as the stable ABI encodes it: 2.11.0.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+
+# Vector code needs the freedom to evaluate both sides of a condition (no errno, no traps). Contraction stays off,
 # because csrc/formulas writes every fused multiply-add that may be one, so that results do not depend on the compiler.
-# Without debug information: with it the library is twice as large.
-CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
+# Without debug information: with it the libraries are twice as large.
+CXX_FLAGS = [
+    "-std=c++17",
+    *["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
+    *["-fvisibility=hidden", *STABLE_ABI],
+]
 # --fmad=false for the same reason; no fast-math, ever: it flushes subnormals and loses tails.
 # A host function called on the device is an error: nvcc would only warn and compile the kernel to nothing.
-NVCC_FLAGS = ["-O3", "--compress-mode=size", "--fmad=false", "--threads=2", "-Werror=cross-execution-space-call"]
-
-
-# at::parallel_for is a template, and serial where its includer is compiled without OpenMP. What GCC makes of it are
-# calls of the runtime that torch has loaded, and linking one ourselves could bring a second, with threads of its own;
-# other compilers call another runtime, which torch may not have.
-OPENMP = ["-fopenmp"]
+NVCC_FLAGS = [
+    *["-O3", "--compress-mode=size", "--fmad=false", "--threads=2", "-Werror=cross-execution-space-call"],
+    *["-Xcompiler=-fvisibility=hidden", *STABLE_ABI],
+]
+LINK_FLAGS = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s"]
 
 
 def cuda_home() -> Path | None:
@@ -57,13 +66,12 @@ if HOME is not None:
 
 try:
     import torch
-    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(
         f"fused_sce: building needs torch, which could not be imported ({error}). Install torch first, then run\n"
         "    pip install --no-build-isolation .\n"
-        "(with build isolation pip hides the installed torch and builds against another one)"
+        "(with build isolation pip downloads another torch for the build alone)"
     )
 
 
@@ -113,64 +121,66 @@ def visible_archs() -> str:
 
 
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", visible_archs())
-WITH_CUDA = wants_cuda()
 
 
-class Build(BuildExtension):
-    """BuildExtension that also writes fused_sce/_built_for.py, read before the extension is loaded."""
-
-    def run(self) -> None:
-        """Build, then write the file."""
-        super().run()
-        folder = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        (folder / "fused_sce/_built_for.py").write_text(
-            '"""Written by setup.py: the torch this extension was compiled against."""\n\n'
-            f'TORCH_VERSION = "{torch.__version__}"\n'
-            f"TORCH_CUDA_VERSION: str | None = {torch.version.cuda!r}\n"
-            f"WITH_CUDA = {WITH_CUDA}\n"
-        )
-
-    def get_outputs(self) -> list[str]:
-        """The files that uninstalling removes."""
-        return [*super().get_outputs(), str(Path(self.build_lib) / "fused_sce/_built_for.py")]
+def sources(pattern: str) -> list[str]:
+    """Files below csrc, relative to this one."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
-OPENMP_LINK = [] if cpp_extension.check_compiler_is_gcc(cpp_extension.get_cxx_compiler()) else OPENMP
-SOURCES = [
-    "csrc/module.cpp",
-    "csrc/autograd.cpp",
-    "csrc/ops.cpp",
-    "csrc/shortcut.cpp",
-    "csrc/cpu/avx2.cpp",
-    "csrc/cpu/avx512.cpp",
-    "csrc/cpu/baseline.cpp",
-    "csrc/cpu/dispatch.cpp",
-    "csrc/cpu/pages.cpp",
-]
-HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+HEADERS = sources("**/*.h")
 
-if WITH_CUDA:
-    assert HOME is not None
-    macros: list[tuple[str, str | None]] = [
-        ("FUSED_SCE_WITH_CUDA", None),
-        ("FUSED_SCE_CUDA_VERSION", f'"{nvcc_version(HOME)}"'),
-        ("FUSED_SCE_CUDA_ARCHS", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
-    ]
-    extension = CUDAExtension(
-        "fused_sce._C",
-        [*SOURCES, "csrc/cuda/kernels.cu"],
-        define_macros=macros,
-        depends=HEADERS,
-        extra_compile_args={"cxx": CXX_FLAGS + OPENMP, "nvcc": NVCC_FLAGS},
-        extra_link_args=OPENMP_LINK,
-    )
-else:
+
+def cpu_library() -> Extension:
+    """Schemas and CPU kernels."""
     extension = CppExtension(
-        "fused_sce._C",
-        SOURCES,
+        "fused_sce.libfused_sce",
+        [*sources("ops/*.cpp"), *sources("cpu/*.cpp")],
         depends=HEADERS,
-        extra_compile_args={"cxx": CXX_FLAGS + OPENMP},
-        extra_link_args=OPENMP_LINK,
+        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,  # no libtorch_python
     )
+    extension.libraries = ["torch_cpu"]
+    return extension
 
-setup(ext_modules=[extension], cmdclass={"build_ext": Build.with_options(use_ninja=True)})
+
+def cuda_library(home: Path) -> Extension:
+    """CUDA kernels, with the CUDA runtime inside: which one torch brings does not matter."""
+    extension = CUDAExtension(
+        "fused_sce.libfused_sce_cuda",
+        [*sources("ops/bind.cpp"), *sources("cuda/*.cpp"), *sources("cuda/*.cu")],
+        define_macros=[
+            ("USE_CUDA", None),  # the headers of the stable ABI then declare what is for CUDA
+            ("FUSED_SCE_NVCC_VERSION", f'"{nvcc_version(home)}"'),
+            ("FUSED_SCE_CUDA_ARCHS", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
+        ],
+        depends=HEADERS,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
+    )
+    extension.libraries = ["torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"]
+    return extension
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python: nothing in it is compiled against one."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The tags of interpreter, ABI and platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
+LIBRARIES = [cpu_library()]
+if wants_cuda():
+    assert HOME is not None
+    LIBRARIES.append(cuda_library(HOME))
+
+setup(
+    ext_modules=LIBRARIES,
+    cmdclass={
+        "build_ext": BuildExtension.with_options(use_ninja=True, no_python_abi_suffix=True),
+        "bdist_wheel": Wheel,
+    },
+)

@@ -1,6 +1,7 @@
 // What the op layer hands to a kernel: plain data, the same for CPU and CUDA.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "dtypes.h"

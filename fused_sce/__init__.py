@@ -4,9 +4,7 @@ A drop-in for `torch.nn.BCEWithLogitsLoss` and `torch.nn.MultiLabelSoftMarginLos
 functions in plain torch are in `fused_sce.reference`.
 """
 
-from fused_sce import _extension as _extension  # first: loads and checks what the rest calls
-from fused_sce import _fake as _fake
-from fused_sce import _sharding, functional, reference
+from fused_sce import functional, reference
 from fused_sce._patch import patch_torch, unpatch_torch
 from fused_sce.heads import MultiClassHead, MultiLabelHead, replace_head
 from fused_sce.losses import (
@@ -14,8 +12,6 @@ from fused_sce.losses import (
     MultiLabelSoftMarginLoss,
     SigmoidCrossEntropyLoss,
 )
-
-_sharding.register_when_imported()
 
 __version__ = "0.1.0"
 

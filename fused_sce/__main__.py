@@ -9,20 +9,20 @@ import sys
 import torch
 
 import fused_sce
-from fused_sce import _built_for
-from fused_sce._extension import _C
+from fused_sce import _library
 
 
 def versions() -> dict[str, str]:
     """Facts of this installation, by name."""
+    facts = _library.build_facts()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "fused_sce": fused_sce.__version__,
-        "torch": f"{torch.__version__} (built for {_built_for.TORCH_VERSION})",
+        "torch": torch.__version__,
         "python": platform.python_version(),
-        "compiler": _C.compiler,
-        "CPU kernels": f"{_C.isa()} (of {_C.available_isas()}), {torch.get_num_threads()} threads",
-        "CUDA kernels": f"nvcc {_C.cuda_version}, {_C.cuda_archs}" if _C.cuda_version else "not built: CPU only",
+        "compiler": facts["compiler"],
+        "CPU kernels": f"{facts['isa']} (of {facts['isas']}), {torch.get_num_threads()} threads",
+        "CUDA kernels": facts["cuda"] or "none: built for the CPU only, or torch has no CUDA",
         "GPUs": ", ".join(gpus) or "none visible",
     }
 
@@ -57,7 +57,7 @@ def main() -> int:
     for name, value in versions().items():
         print(f"{name:14}{value}")
     devices = ["cpu"]
-    if _C.cuda_version and torch.cuda.is_available():
+    if _library.has_cuda_kernels and torch.cuda.is_available():
         devices.append("cuda")
     failures = [failure for device in devices for failure in self_check(device)]
     for failure in failures:

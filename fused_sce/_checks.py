@@ -1,4 +1,8 @@
-"""What every loss asks of its arguments, in one place: the errors are the same eager, compiled and transformed."""
+"""What every loss asks of its arguments, with the errors that people expect.
+
+The compiled core checks too, but has one type of exception. So these checks explain its failures; they come first only
+where no kernel runs: under tracing and for the reference.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sce import _sharding
+from fused_sce._torch_private import allows_implicit_replication
 
 
 def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> None:
@@ -75,7 +80,7 @@ def shape_hint(input: Tensor, target: Tensor) -> str:
 
 
 def check_factor(name: str, factor: Tensor, input: Tensor) -> None:
-    """Check that `weight` or `pos_weight` can multiply a tensor of `input`'s shape in place."""
+    """Check that `weight` or `pos_weight` broadcasts to `input`'s shape."""
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
     if factor.is_complex():
@@ -116,7 +121,7 @@ def check_mesh(name: str, tensor: Tensor | None, input: Tensor) -> None:
     elif logits is not None:
         if tensor.numel() == 1 and name != "target":
             return
-        if logits._op_dispatcher._allow_implicit_replication:
+        if allows_implicit_replication(logits):
             return
         # A factor has dimensions of its own: replicated, distribute_tensor's default, it fits every placement.
         whole, part = ("input.placements",) * 2 if name == "target" else ("", "its placements")

@@ -8,22 +8,29 @@ t sigmoid(-x)`, both within 2 units in the last place (ULP) in float32 for t = 0
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
-from torch._jit_internal import is_scripting
-from torch.autograd import forward_ad
-from torch.jit._trace import is_tracing
-from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fused_sce import _script, reference
+from fused_sce import _autograd, _library, _sharding, reference
 from fused_sce._checks import check_reduction, check_tensors
-from fused_sce._extension import _C
+from fused_sce._register import autocast_dtype
+from fused_sce._torch_private import (
+    is_any_autocast_enabled,
+    is_differentiating,
+    is_exporting_to_onnx,
+    is_forward_mode,
+    is_tracing,
+    is_transforming,
+    legacy_reduction,
+    refuse_torchscript,
+)
 
 __all__ = [
     "binary_cross_entropy_with_logits",
@@ -31,9 +38,49 @@ __all__ = [
     "sigmoid_cross_entropy",
 ]
 
-_ops = torch.ops.fused_sce
+_op = torch.ops.fused_sce.sigmoid_cross_entropy.default
+
+Arguments = ParamSpec("Arguments")
+
+Call = tuple[_autograd.Tensors, _autograd.Options, bool]
+"""What a loss asks of the op: tensors, options and whether in place."""
 
 
+def _loss_function(describe: Callable[Arguments, Call]) -> Callable[Arguments, Tensor]:
+    """Make a loss of a function that describes its call of the op.
+
+    It gets what torch's own functions have: `__torch_function__`, and errors that explain themselves.
+    """
+    signature = inspect.signature(describe).replace(return_annotation="Tensor")
+
+    @functools.wraps(describe)
+    def loss(input: Any, target: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _call_traced(*describe(input, target, *args, **kwargs))
+        tensors = (input, target, *args, *kwargs.values())
+        if has_torch_function(tensors):
+            overridden: Tensor = handle_torch_function(loss, tensors, input, target, *args, **kwargs)
+            return overridden
+        try:
+            return _call(*describe(input, target, *args, **kwargs))
+        except Exception:
+            arguments = signature.bind(input, target, *args, **kwargs).arguments
+            _explain(input, target, arguments.get("weight"), arguments.get("pos_weight"))
+            raise
+
+    loss.__signature__ = signature  # type: ignore[attr-defined]
+    return refuse_torchscript(loss)  # type: ignore[return-value]
+
+
+def _explain(*tensors: Tensor | None) -> None:
+    """Raise the error that says what is wrong with the arguments of a failed call, if that is what made it fail."""
+    try:
+        check_tensors(*tensors)  # type: ignore[arg-type]
+    except Exception as explanation:
+        raise explanation from None
+
+
+@_loss_function
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -42,7 +89,7 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
-) -> Tensor:
+) -> Call:
     """Sigmoid cross-entropy: `torch.nn.functional.binary_cross_entropy_with_logits`, in one pass.
 
     Args:
@@ -64,21 +111,12 @@ def binary_cross_entropy_with_logits(
         RuntimeError: `weight` or `pos_weight` does not broadcast, or tensors are on different devices.
     """
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if is_scripting():
-        return _script.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
-    if not torch.compiler.is_compiling():
-        loss: Tensor | None = _C.usual_loss(input, target, weight, pos_weight, reduction, False)
-        if loss is not None:
-            return loss
-        if has_torch_function((input, target, weight, pos_weight)):
-            options = {"weight": weight, "reduction": reduction, "pos_weight": pos_weight}
-            return _overridden(binary_cross_entropy_with_logits, input, target, options)
+        reduction = legacy_reduction(size_average, reduce)
     check_reduction(reduction)
-    check_tensors(input, target, weight, pos_weight)
-    return _reduced(input, target, weight, pos_weight, reduction)
+    return (input, target, weight, pos_weight, None), (*_reduced(input, reduction), None), False
 
 
+@_loss_function
 def sigmoid_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -86,7 +124,8 @@ def sigmoid_cross_entropy(
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
-) -> Tensor:
+    inplace: bool = False,
+) -> Call:
     """Sigmoid cross-entropy with everything the kernels can do.
 
     Args:
@@ -96,6 +135,10 @@ def sigmoid_cross_entropy(
         pos_weight: factor of the positive term; broadcasts to the input's shape, usually one value per label.
         reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
             over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
+        inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Nothing may read
+            them afterwards: a backward pass of anything that saved them (torch notices by their version), `backward`
+            for a second time, `create_graph=True` and a gradient by target are errors. Logits that are not contiguous,
+            tensor subclasses and DTensors, compiled programs and transforms of `torch.func` are treated as with False.
 
     Returns:
         The loss: a scalar, or of the input's shape for "none". Its dtype is the target's if that is floating point,
@@ -104,22 +147,14 @@ def sigmoid_cross_entropy(
     Raises:
         TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
         ValueError: `target`'s shape differs from `input`'s, `reduction` is unknown, or "sum_classes" met a scalar.
-        RuntimeError: `weight` or `pos_weight` does not broadcast, or tensors are on different devices.
+        RuntimeError: `weight` or `pos_weight` does not broadcast, tensors are on different devices, or `inplace` would
+            overwrite a leaf that requires grad.
     """
-    if not torch.compiler.is_compiling():
-        loss: Tensor | None = _C.usual_loss(input, target, weight, pos_weight, reduction, False)
-        if loss is not None:
-            return loss
-        if has_torch_function((input, target, weight, pos_weight)):
-            options = {"weight": weight, "pos_weight": pos_weight, "reduction": reduction}
-            return _overridden(sigmoid_cross_entropy, input, target, options)
     check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
-    check_tensors(input, target, weight, pos_weight)
-    if reduction == "sum_classes" and input.dim() == 0:
-        raise ValueError('reduction="sum_classes" sums over the last dimension, but input is a scalar')
-    return _reduced(input, target, weight, pos_weight, reduction)
+    return (input, target, weight, pos_weight, None), (*_reduced(input, reduction), None), inplace
 
 
+@_loss_function
 def multilabel_soft_margin_loss(
     input: Tensor,
     target: Tensor,
@@ -127,7 +162,7 @@ def multilabel_soft_margin_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Tensor:
+) -> Call:
     """Sigmoid cross-entropy averaged over labels: `torch.nn.functional.multilabel_soft_margin_loss`, in one pass.
 
     Args:
@@ -149,134 +184,89 @@ def multilabel_soft_margin_loss(
         RuntimeError: `weight` does not broadcast, or tensors are on different devices.
     """
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if is_scripting():
-        return _script.multilabel_soft_margin_loss(input, target, weight, reduction)
-    if not torch.compiler.is_compiling():
-        loss: Tensor | None = _C.usual_loss(input, target, weight, None, reduction, True)
-        if loss is not None:
-            return loss
-        if has_torch_function((input, target, weight)):
-            options = {"weight": weight, "reduction": reduction}
-            return _overridden(multilabel_soft_margin_loss, input, target, options)
+        reduction = legacy_reduction(size_average, reduce)
     check_reduction(reduction)
-    check_tensors(input, target, weight, None)
     if input.dim() == 0:
         raise IndexError("input must have a last dimension, the labels, but it is a scalar")
-    if is_tracing() and not _needs_reference(input, weight, None):
-        return _script.traced_multilabel_soft_margin_loss(input, target, weight, reduction)
-
     dtype: torch.dtype | None = None
     mixed = input.dtype != target.dtype or (weight is not None and weight.dtype != input.dtype)
     if mixed and not torch.is_autocast_enabled(input.device.type):
         dtype = torch.promote_types(input.dtype, target.dtype)
         if weight is not None and weight.dim() > 0:
             dtype = torch.promote_types(dtype, weight.dtype)
-    labels = input.size(-1)
-    if reduction == "none":
-        return _rows(input, target, weight, None, labels, dtype)
-    divisor = labels if reduction == "sum" else input.numel()
-    return _sum(input, target, weight, None, divisor, dtype)
+    divisor = input.numel() if reduction == "mean" else input.size(-1)
+    options = ("rows" if reduction == "none" else "sum", divisor, dtype)
+    return (input, target, weight, None, None), options, False
 
 
-def _overridden(function: Callable[..., Tensor], input: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
-    """What the `__torch_function__` of an argument or a mode makes of a call: `torch.fx` puts it into its graph."""
-    tensors = (input, target, options["weight"], options.get("pos_weight"))
-    loss: Tensor = handle_torch_function(function, tensors, input, target, **options)
-    return loss
-
-
-def _reduced(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: str,
-) -> Tensor:
-    """The loss of checked arguments with one of the reductions of `sigmoid_cross_entropy`."""
-    if is_tracing() and not _needs_reference(input, weight, pos_weight):
-        return _script.traced_sigmoid_cross_entropy(input, target, weight, pos_weight, reduction)
-    if reduction == "none":
-        return _elementwise(input, target, weight, pos_weight)
+def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
+    """The op's first options for a reduction: what it adds up, and what divides that."""
     if reduction == "mean":
-        divisor = input.numel()
-    elif reduction == "sum":
-        divisor = 1
-    else:
-        divisor = math.prod(input.shape[:-1])  # unlike Size.numel() symbolic where the sizes are
-    return _sum(input, target, weight, pos_weight, divisor)
+        return "sum", input.numel()
+    if reduction == "sum_classes":
+        if input.dim() == 0:
+            raise ValueError('reduction="sum_classes" sums over the last dimension, but input is a scalar')
+        return "sum", math.prod(input.shape[:-1])  # unlike Size.numel() symbolic where the sizes are
+    return reduction, 1
 
 
-def _elementwise(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-) -> Tensor:
-    if _needs_reference(input, weight, pos_weight):
-        dtype = _autocast_dtype(input, target)
-        return reference.sigmoid_cross_entropy(input, target, weight, pos_weight, dtype)
-    loss: Tensor = _ops.sigmoid_cross_entropy(input, target, weight, pos_weight)
-    return loss
+def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
+    """The op by the way that fits: kernel, batched kernel or reference."""
+    input, target, weight, pos_weight, _ = tensors
+    if type(input) is not Tensor or type(target) is not Tensor:
+        _sharding.register()  # they may be DTensors
+        check_tensors(input, target, weight, pos_weight)
+    if is_any_autocast_enabled():
+        options = _with_autocast(tensors, options)
+    # A trace would keep the divisor of its example.
+    if is_tracing() or is_differentiating() or _needs_reference(tensors):
+        check_tensors(input, target, weight, pos_weight)
+        return reference.sigmoid_cross_entropy(*tensors, *options)
+    if is_transforming():  # by vmap alone
+        return _autograd.call_op(tensors, options)
+    return _autograd.loss(tensors, options, inplace and _can_overwrite(input, target))
 
 
-def _rows(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    divisor: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    if _needs_reference(input, weight, pos_weight):
-        dtype = dtype or _autocast_dtype(input, target)
-        return reference.sigmoid_cross_entropy_rows(input, target, weight, pos_weight, divisor, dtype)
-    loss: Tensor = _ops.sigmoid_cross_entropy_rows(input, target, weight, pos_weight, divisor, dtype)
-    return loss
+def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
+    """The op as one node of a graph, or the reference."""
+    check_tensors(*tensors[:4])
+    options = _with_autocast(tensors, options)
+    if is_transforming() or _needs_reference(tensors):
+        return reference.sigmoid_cross_entropy(*tensors, *options)
+    return _autograd.call_op(tensors, options)
 
 
-def _sum(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    divisor: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    if _needs_reference(input, weight, pos_weight):
-        dtype = dtype or _autocast_dtype(input, target)
-        return reference.sigmoid_cross_entropy_sum(input, target, weight, pos_weight, divisor, dtype)
-    loss: Tensor = _ops.sigmoid_cross_entropy_sum(input, target, weight, pos_weight, divisor, dtype)
-    return loss
+def _with_autocast(tensors: _autograd.Tensors, options: _autograd.Options) -> _autograd.Options:
+    """The options with the dtype of the loss where autocast decides it."""
+    reduction, divisor, dtype, *rest = options
+    return reduction, divisor, dtype or autocast_dtype(*tensors[:2]), *rest
 
 
-def _needs_reference(input: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> bool:
+def _needs_reference(tensors: _autograd.Tensors) -> bool:
     """Whether only the plain torch functions can do it.
 
-    A C++ autograd Function raises under `torch.func` transforms and forward-mode AD; the kernels have no gradient by
-    weight or pos_weight; there are kernels for CPU and CUDA only; and ONNX knows torch's operators, not ours.
+    The kernels have no gradient by weight or pos_weight, and none for forward-mode AD. ONNX knows torch's operators,
+    not ours.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    input, _, weight, pos_weight, _ = tensors
+    if is_forward_mode() or is_exporting_to_onnx():
         return True
     by_weight = weight is not None and weight.requires_grad
     by_pos_weight = pos_weight is not None and pos_weight.requires_grad
-    # A trace is checked by one without gradients, which must be the same.
-    if (by_weight or by_pos_weight) and (torch.is_grad_enabled() or is_tracing()):
+    if (by_weight or by_pos_weight) and torch.is_grad_enabled():
         return True
-    if torch.onnx.is_in_onnx_export():
-        return True
-    return input.device.type not in _KERNEL_DEVICES and _lacks_kernels(input.device.type)
+    return not input.is_cpu and input.device.type not in _KERNEL_DEVICES and _lacks_kernels(input.device.type)
 
 
 # meta: shapes only, through the fake kernels
-_KERNEL_DEVICES = ("cpu", "meta", "cuda") if _C.cuda_version else ("cpu", "meta")
+_KERNEL_DEVICES = ("cpu", "meta", "cuda") if _library.has_cuda_kernels else ("cpu", "meta")
 
 
 @functools.cache
 def _lacks_kernels(device_type: str) -> bool:
     """True; says once for each device type what that means."""
     reason = (
-        "it was built without CUDA; `python -m fused_sce` shows the build"
+        "this build or torch has no CUDA; `python -m fused_sce` shows the build"
         if device_type == "cuda"
         else "there are kernels for CPU and CUDA only"
     )
@@ -288,8 +278,20 @@ def _lacks_kernels(device_type: str) -> bool:
     return True
 
 
-def _autocast_dtype(input: Tensor, target: Tensor) -> torch.dtype | None:
-    """The result's dtype where autocast decides it, as the ops' own autocast rule has it."""
-    if not torch.is_autocast_enabled(input.device.type):
-        return None
-    return torch.float64 if target.dtype == torch.float64 else torch.float32
+def _can_overwrite(logits: Tensor, target: Tensor) -> bool:
+    """Whether the gradient can lie in the memory of the logits.
+
+    Raises:
+        RuntimeError: They are parameters, whose values must survive, or needed for the gradient by the target.
+    """
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "inplace=True would overwrite a leaf tensor that requires grad, or a view of one, with its gradient: pass "
+            "the output of a layer, or use inplace=False"
+        )
+    if target.requires_grad:
+        raise RuntimeError("inplace=True has no gradient by target, which the logits are needed for: use inplace=False")
+    return type(logits) is Tensor and logits.is_contiguous()

@@ -1,15 +1,16 @@
 """The losses as modules, with the constructors and attributes of torch's."""
 
-# Without `from __future__ import annotations`: torch.jit.script does not understand those of a class as text.
+# Without `from __future__ import annotations`: the signatures are those of torch's modules.
 from torch import Tensor, nn
-from torch._jit_internal import is_scripting
 
-from fused_sce import _script, functional
+from fused_sce import functional
 from fused_sce._checks import check_reduction
+from fused_sce._torch_private import refuse_torchscript
 
 __all__ = ["BCEWithLogitsLoss", "MultiLabelSoftMarginLoss", "SigmoidCrossEntropyLoss"]
 
 
+@refuse_torchscript
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """Drop-in for `torch.nn.BCEWithLogitsLoss`: one pass forward and backward, right in both tails.
 
@@ -36,6 +37,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         )
 
 
+@refuse_torchscript
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
     """Drop-in for `torch.nn.MultiLabelSoftMarginLoss`: one pass over memory instead of 21.
 
@@ -57,6 +59,7 @@ class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
         return functional.multilabel_soft_margin_loss(input, target, self.weight, reduction=self.reduction)
 
 
+@refuse_torchscript
 class SigmoidCrossEntropyLoss(nn.Module):
     """Sigmoid cross-entropy with everything the kernels can do.
 
@@ -65,6 +68,7 @@ class SigmoidCrossEntropyLoss(nn.Module):
         pos_weight: factor of the positive term; broadcasts to the input's shape, usually shape (C,). A buffer.
         reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
             over the others.
+        inplace: the gradient overwrites the memory of the logits, see `fused_sce.functional.sigmoid_cross_entropy`.
 
     Shape:
         input (any shape, floating point), target (same shape; floating point, bool or integer) -> scalar, or the
@@ -83,25 +87,26 @@ class SigmoidCrossEntropyLoss(nn.Module):
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
         reduction: str = "mean",
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
         self.reduction = reduction
+        self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits `input` for `target`."""
-        if is_scripting():  # which has no keyword-only arguments
-            return _script.sigmoid_cross_entropy(input, target, self.weight, self.pos_weight, self.reduction)
         return functional.sigmoid_cross_entropy(
             input,
             target,
             weight=self.weight,
             pos_weight=self.pos_weight,
             reduction=self.reduction,
+            inplace=self.inplace,
         )
 
     def extra_repr(self) -> str:
         """The arguments shown in the module's repr."""
-        return f"reduction={self.reduction!r}"
+        return f"reduction={self.reduction!r}" + (", inplace=True" if self.inplace else "")

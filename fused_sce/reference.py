@@ -1,8 +1,11 @@
-"""The losses in plain torch: what the kernels compute, written to be read.
+"""The loss in plain torch: what the kernels compute, written to be read.
 
-Every function is differentiable to any order and works under `torch.func` transforms and forward-mode AD; the fused
-ones fall back to these there. Tests and benchmarks compare against them. They are right in both tails too (each sigmoid
-is evaluated by itself, never as a difference from 1), but take a dozen kernels and as many temporaries.
+`sigmoid_cross_entropy` takes the arguments of the op of that name. It is differentiable to any order and works under
+`torch.func` transforms and forward-mode AD; the fused losses fall back to it there. Tests and benchmarks compare with
+it. It is right in both tails too (each sigmoid is evaluated by itself, never as a difference from 1), but takes a
+dozen kernels and as many temporaries.
+
+Shapes: input and target (any shape, the same for both); weight and pos_weight broadcast to it; count has one element.
 """
 
 from __future__ import annotations
@@ -12,14 +15,116 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
-def result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+def result_dtype(input: Tensor, target: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     """The dtype of the loss: the target's if it is floating point, as torch's BCEWithLogitsLoss, else the input's."""
-    return target.dtype if target.is_floating_point() else input.dtype
+    return dtype or (target.dtype if target.is_floating_point() else input.dtype)
 
 
-def computing_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    """The dtype computed in: float64 if input or target is, else float32."""
-    return torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
+def sigmoid_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    count: Tensor | None = None,
+    reduction: str = "none",
+    divisor: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`, with `softplus(x) = log1p(exp(x))`.
+
+    Unlike the textbook form `max(x, 0) - x t + log1p(exp(-|x|))` its derivative by automatic differentiation,
+    `(1 - t) sigmoid(x) - t sigmoid(-x)`, keeps both tails.
+
+    Args:
+        input: logits, any floating dtype.
+        target: any real dtype, usually in [0, 1].
+        weight: factor of each element's loss.
+        pos_weight: factor of the positive term.
+        count: int64; divides the loss as well. 0 divides as 1.
+        reduction: "none", "rows" (sum over the last dimension) or "sum" (over all).
+        divisor: divides the loss.
+        dtype: of the result; default `result_dtype(input, target)`.
+
+    Returns:
+        A tensor of shape `input.shape`, `input.shape[:-1]` or ().
+    """
+    x, t = _computable(input, target)
+    negative = _softplus(x)
+    positive = _softplus(-x)
+    if pos_weight is not None:
+        positive = pos_weight.to(x.dtype) * positive
+    # Where a factor is 0 its term is 0 even at an infinite logit. Both selections: of the value, and of what enters the
+    # product, whose derivative would otherwise be 0 * inf.
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    negative_term = (1 - t) * torch.where((t == 1) & torch.isinf(negative), zero, negative)
+    positive_term = t * torch.where((t == 0) & torch.isinf(positive), zero, positive)
+    loss = negative_term + positive_term
+    if weight is not None:
+        loss = loss * weight.to(x.dtype)
+    if reduction == "rows":
+        loss = loss.sum(-1)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return _divided(loss, divisor, count).to(result_dtype(input, target, dtype))
+
+
+def gradient_by_input(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    count: Tensor | None,
+    reduction: str,
+    divisor: int,
+    *_: object,
+) -> Tensor:
+    """The gradient by the input, differentiable: for second derivatives.
+
+    `grad_output` is the gradient of the loss, as it broadcasts to the input's shape; the other arguments are those of
+    `sigmoid_cross_entropy`.
+    """
+    x, t = _computable(input, target)
+    positive = t if pos_weight is None else pos_weight.to(x.dtype) * t
+    of_x, of_minus_x = _sigmoids(x)
+    upstream = _upstream(grad_output, x.dtype, weight, count, divisor)
+    return (upstream * ((1 - t) * of_x - positive * of_minus_x)).to(input.dtype)
+
+
+def gradient_by_target(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    count: Tensor | None,
+    reduction: str,
+    divisor: int,
+    *_: object,
+) -> Tensor:
+    """The gradient by the target, `pos_weight softplus(-x) - softplus(x)`; arguments as in `gradient_by_input`."""
+    x, _t = _computable(input, target)
+    by_target = -x if pos_weight is None else pos_weight.to(x.dtype) * _softplus(-x) - _softplus(x)
+    return (_upstream(grad_output, x.dtype, weight, count, divisor) * by_target).to(target.dtype)
+
+
+def _computable(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype computed in: float64 if one of them is, else float32."""
+    dtype = torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
+    return input.to(dtype), target.to(dtype)
+
+
+def _upstream(
+    grad_output: Tensor, dtype: torch.dtype, weight: Tensor | None, count: Tensor | None, divisor: int
+) -> Tensor:
+    """What multiplies the derivative of each element's loss."""
+    factor = grad_output.to(dtype)
+    return _divided(factor if weight is None else factor * weight.to(dtype), divisor, count)
+
+
+def _divided(value: Tensor, divisor: int, count: Tensor | None) -> Tensor:
+    value = value / divisor
+    return value if count is None else value / count.reshape(()).clamp(min=1)
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -28,70 +133,13 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + softplus(-x), softplus(x))
 
 
-def sigmoid_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The loss of each element.
+def _sigmoids(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(x) and sigmoid(-x) from exp(-|x|): right in both tails, and so are their derivatives.
 
-    `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`, with `softplus(x) = log1p(exp(x))`. Unlike the
-    textbook form `max(x, 0) - x t + log1p(exp(-|x|))` its derivative by automatic differentiation,
-    `(1 - t) sigmoid(x) - t sigmoid(-x)`, keeps both tails.
-
-    Args:
-        input: logits of any shape, any floating dtype.
-        target: same shape, any real dtype, usually in [0, 1].
-        weight: factor of each element's loss, broadcasts to the input's shape.
-        pos_weight: factor of the positive term, broadcasts to the input's shape.
-        dtype: of the result; default `result_dtype(input, target)`.
-
-    Returns:
-        A tensor of the input's shape.
+    torch.sigmoid's derivative is y (1 - y), 0 from y = 1 on. Not by abs, whose derivative at 0 is 0.
     """
-    computing = computing_dtype(input, target)
-    x = input.to(computing)
-    t = target.to(computing)
-    negative = _softplus(x)
-    positive = _softplus(-x)
-    if pos_weight is not None:
-        positive = pos_weight.to(computing) * positive
-    # Where a factor is 0 its term is 0 even at an infinite logit. Both selections: of the value, and of what enters the
-    # product, whose derivative would otherwise be 0 * inf.
-    zero = torch.zeros((), dtype=computing, device=x.device)
-    negative_term = (1 - t) * torch.where((t == 1) & torch.isinf(negative), zero, negative)
-    positive_term = t * torch.where((t == 0) & torch.isinf(positive), zero, positive)
-    loss = negative_term + positive_term
-    if weight is not None:
-        loss = loss * weight.to(computing)
-    return loss.to(dtype or result_dtype(input, target))
-
-
-def sigmoid_cross_entropy_rows(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    divisor: int = 1,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The losses summed over the last dimension, divided by `divisor`: shape `input.shape[:-1]`."""
-    computing = computing_dtype(input, target)
-    loss = sigmoid_cross_entropy(input, target, weight, pos_weight, computing)
-    return (loss.sum(-1) / divisor).to(dtype or result_dtype(input, target))
-
-
-def sigmoid_cross_entropy_sum(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    divisor: int = 1,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The sum of all losses, divided by `divisor`: a scalar."""
-    computing = computing_dtype(input, target)
-    loss = sigmoid_cross_entropy(input, target, weight, pos_weight, computing)
-    return (loss.sum() / divisor).to(dtype or result_dtype(input, target))
+    is_positive = x > 0
+    e = torch.exp(torch.where(is_positive, -x, x))
+    larger = 1 / (1 + e)
+    smaller = e * larger
+    return torch.where(is_positive, larger, smaller), torch.where(is_positive, smaller, larger)

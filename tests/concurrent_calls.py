@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fused_sce
-from fused_sce import _extension
+from fused_sce import _library
 
 THREADS = 8
 ROUNDS = 6
@@ -83,4 +83,4 @@ def run_together() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the threads are Python's; OpenMP's own are not visible to the sanitizer
     run_together()
-    print(f"{THREADS} threads, {ROUNDS * len(calls())} calls each: all equal ({_extension._C.__file__})")
+    print(f"{THREADS} threads, {ROUNDS * len(calls())} calls each: all equal ({_library.__file__})")

@@ -413,31 +413,25 @@ def ops_called_directly() -> None:
     x, t = sample(5, 7)
     ops = torch.ops.fused_sce
     logits, target = put(x, mesh, [Shard(1)]), put(t, mesh, [Shard(1)])
-    for name in ("sigmoid_cross_entropy", "sigmoid_cross_entropy_rows", "sigmoid_cross_entropy_sum"):
-        assert_same(getattr(ops, name)(logits, target).full_tensor(), getattr(ops, name)(x, t))
-    assert_same(
-        ops.sigmoid_cross_entropy_rows(logits, target, divisor=3, dtype=torch.float64).full_tensor(),
-        ops.sigmoid_cross_entropy_rows(x, t, divisor=3),
-    )
+    for reduction in ("none", "rows", "sum"):
+        for divisor in (1,) if reduction == "none" else (1, 3):  # another option: another decision to remember
+            options = {"reduction": reduction, "divisor": divisor}
+            ours = ops.sigmoid_cross_entropy(logits, target, dtype=torch.float64, **options)
+            assert_same(ours.full_tensor(), ops.sigmoid_cross_entropy(x, t, **options))
+    count = torch.tensor([4])
+    forward = ops._sigmoid_cross_entropy_forward
     for ours, expected in zip(
-        ops._sigmoid_cross_entropy_sum_with_gradient(logits, target, None, None, 5, None),
-        ops._sigmoid_cross_entropy_sum_with_gradient(x, t, None, None, 5, None),
+        forward(logits, target, None, None, put(count, mesh, [Replicate()]), "sum", 5, None),
+        forward(x, t, None, None, count, "sum", 5, None),
         strict=True,
     ):
         assert_same(ours.full_tensor(), expected)
     # The gradient of a row's sum has size 1 where the logits are sharded.
     upstream = torch.arange(1.0, 6.0, dtype=torch.float64).unsqueeze(-1)
     assert_same(
-        ops._sigmoid_cross_entropy_backward(
-            put(upstream, mesh, [Replicate()]), logits, target, None, None, 1
-        ).full_tensor(),
-        ops._sigmoid_cross_entropy_backward(upstream, x, t, None, None, 1),
+        ops._sigmoid_cross_entropy_backward(put(upstream, mesh, [Replicate()]), logits, target).full_tensor(),
+        ops._sigmoid_cross_entropy_backward(upstream, x, t),
     )
-    for placement in (Shard(0), Shard(1), Replicate()):
-        scaled = put(x, mesh, [placement])
-        ops._scale_(scaled, put(torch.tensor(3.0, dtype=torch.float64), mesh, [Replicate()]))
-        assert scaled.placements == (placement,)
-        assert_same(scaled.full_tensor(), 3 * x)
 
 
 @check(2)

@@ -42,17 +42,21 @@ def run(shape: tuple[int, int], dtype: torch.dtype, target_dtype: torch.dtype, l
     elif layout == "strided":
         x = on_gpu((shape[1], shape[0]), dtype, shift).t()
         weight, pos_weight = on_gpu((shape[0], 1), torch.float32, 0), on_gpu(shape, dtype, 0)
-    divisor = x.numel()
-    results = [
-        ops.sigmoid_cross_entropy(x, t, weight, pos_weight),
-        ops.sigmoid_cross_entropy_rows(x, t, weight, pos_weight, divisor),
-        ops.sigmoid_cross_entropy_sum(x, t, weight, pos_weight, divisor),
-    ]
-    total, gradient = ops._sigmoid_cross_entropy_sum_with_gradient(x, t, weight, pos_weight, divisor, None)
-    ops._scale_(gradient, torch.tensor(0.5).cuda())
-    results += [total, gradient]
-    for upstream in (on_gpu((), torch.float32, 0), on_gpu(shape, dtype, 0)):
-        results.append(ops._sigmoid_cross_entropy_backward(upstream, x, t, weight, pos_weight, divisor))
+    results = [ops.sigmoid_cross_entropy(x, t, weight, pos_weight)]
+    for count in (None, torch.tensor([5]).cuda()):
+        tensors = (x, t, weight, pos_weight, count)
+        for reduction in ("rows", "sum"):
+            results.append(ops.sigmoid_cross_entropy(*tensors, reduction=reduction, divisor=7))
+        total, gradient = ops._sigmoid_cross_entropy_forward(*tensors, reduction="sum", divisor=7)
+        ops._scale_(gradient, torch.tensor(0.5).cuda())
+        results += [total, gradient]
+        for upstream in (on_gpu((), torch.float32, 0), on_gpu(shape, dtype, 0)):
+            results.append(ops._sigmoid_cross_entropy_backward(upstream, *tensors, divisor=7))
+    if x.is_contiguous():
+        in_place = x.clone()
+        tensors = (in_place, t, weight, pos_weight)
+        results.append(ops._sigmoid_cross_entropy_forward_out(*tensors, reduction="sum", gradient=in_place))
+        results.append(in_place)
     for result in results:
         assert not result.cpu().isnan().any()
 

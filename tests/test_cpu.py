@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_sce import _extension
+from fused_sce import _library
 
 ROOT = Path(__file__).parent.parent
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -24,7 +24,7 @@ def test_a_large_gradient_costs_few_page_faults() -> None:
     logits = torch.randn(1024, 9605)  # 37.5 MiB: malloc maps anew whatever is beyond 32 MiB
     target = torch.zeros(logits.shape)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ops.fused_sce._sigmoid_cross_entropy_sum_with_gradient(logits, target, None, None, 1, None)
+    torch.ops.fused_sce._sigmoid_cross_entropy_forward(logits, target, reduction="sum")
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     # Small pages remain at both ends, up to 2 MiB each: 1,024 and a few. Small pages throughout would be 9,605.
     assert faults < 1500
@@ -48,7 +48,7 @@ def test_a_large_loss_is_computed_by_all_threads() -> None:
     assert run.stdout.strip() == "2", run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("isa", _extension._C.available_isas().split())
+@pytest.mark.parametrize("isa", _library.build_facts()["isas"].split())
 def test_many_python_threads_agree_with_one(isa: str) -> None:
     run = subprocess.run(
         [sys.executable, ROOT / "tests/concurrent_calls.py"],

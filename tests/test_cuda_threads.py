@@ -14,7 +14,7 @@ from pathlib import Path
 import count_instructions
 import pytest
 
-from fused_sce import _extension
+from fused_sce import _library
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
@@ -50,7 +50,7 @@ def compile_object(source: Path, folder: Path, flags: list[str]) -> Path:
 
 
 @pytest.mark.skipif(
-    X86 and "avx2" not in _extension._C.available_isas().split(), reason="this processor has no fused multiply-add"
+    X86 and "avx2" not in _library.build_facts()["isas"].split(), reason="this processor has no fused multiply-add"
 )
 def test_every_thread_of_a_grid_as_the_cpu(tmp_path: Path) -> None:
     sanitizers = SANITIZERS if has_sanitizers(tmp_path) else []

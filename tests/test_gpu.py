@@ -5,6 +5,7 @@ The rest of the tests runs on a GPU too, where they take `device`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -73,8 +74,8 @@ def test_every_16_bit_gradient_of_a_sum(dtype: torch.dtype, target: float, weigh
     x = torch.from_numpy(patterns).view(dtype).to(CUDA)
     options = {"pos_weight": torch.ones((), device=CUDA)} if weighted else {}
     t = torch.full_like(x, target)
-    op = torch.ops.fused_sce._sigmoid_cross_entropy_sum_with_gradient  # autograd has another route for float16
-    _, gradient = op(x, t, None, options.get("pos_weight"), 1, None)
+    op = torch.ops.fused_sce._sigmoid_cross_entropy_forward  # autograd has another route for float16
+    _, gradient = op(x, t, None, options.get("pos_weight"), reduction="sum")
     _, exact = exact_binary(x, target)
     assert ulp_distance(gradient, exact).max() <= 0.51
     assert torch.equal(gradient == 0, exact.to(dtype) == 0)
@@ -153,20 +154,18 @@ def test_more_than_two_to_the_31_elements() -> None:
         pytest.skip(f"needs {14 * count / 2**30:.0f} GiB of free GPU memory, {free / 2**30:.0f} are")
     x = torch.empty(count, dtype=torch.bfloat16, device=CUDA).normal_()
     t = torch.empty(count, dtype=torch.uint8, device=CUDA).random_(0, 2)
-    op = torch.ops.fused_sce._sigmoid_cross_entropy_sum_with_gradient
-    total, gradient = op(x, t, None, None, 1, torch.float32)
+    op = functools.partial(torch.ops.fused_sce._sigmoid_cross_entropy_forward, reduction="sum")
+    total, gradient = op(x, t, dtype=torch.float32)
     parts = 0.0
     for begin in range(0, count, 2**28):
         part = slice(begin, begin + 2**28)
-        part_total, part_gradient = op(x[part], t[part], None, None, 1, torch.float64)
+        part_total, part_gradient = op(x[part], t[part], dtype=torch.float64)
         parts += part_total.item()
         assert torch.equal(gradient[part], part_gradient)
     assert total.item() == pytest.approx(parts, rel=1e-7)
 
     column = t.view(-1, 1)  # strided: more than 2^31 elements through the general kernels
-    by_stride, gradient_by_stride = op(
-        x.view(-1, 1).expand(-1, 1), column, torch.ones(count, 1, device=CUDA), None, 1, None
-    )
+    by_stride, gradient_by_stride = op(x.view(-1, 1).expand(-1, 1), column, torch.ones(count, 1, device=CUDA))
     assert by_stride.item() == pytest.approx(parts, rel=2e-2)  # rounded to bfloat16
     assert torch.equal(gradient_by_stride.view(-1), gradient)
     del gradient, gradient_by_stride

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ulp import exact_binary, exact_terms, ulp_distance
 
-from fused_sce import _extension
+from fused_sce import _library
 from fused_sce import functional as F
 
 # Where the formulas change character: 0, subnormals, the ends of exp's reduction, the logits from which float32,
@@ -207,7 +207,7 @@ def test_mean_gradient_within_three_ulp(device: str, divisor_shape: tuple[int, i
 
 PRINT_BITS = """
 import hashlib, torch
-from fused_sce import functional as F, _extension
+from fused_sce import functional as F, _library
 torch.manual_seed(0)
 x = (torch.randn(300, 501) * 9).requires_grad_()
 t = torch.rand(300, 501)
@@ -218,7 +218,7 @@ for threads in (1, 2, 3):
     gradient, = torch.autograd.grad(loss, x)
     rows = F.multilabel_soft_margin_loss(x, t, reduction="none")
     hashed = hashlib.sha256(gradient.numpy().tobytes() + rows.detach().numpy().tobytes()).hexdigest()
-    print(_extension._C.isa(), loss.item().hex(), hashed)
+    print(_library.build_facts()["isa"], loss.item().hex(), hashed)
 """
 
 
@@ -232,7 +232,7 @@ def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", _extension._C.available_isas().split())
+@pytest.mark.parametrize("isa", _library.build_facts()["isas"].split())
 def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
     run = run_with_isa(isa, PRINT_BITS)
     assert run.returncode == 0, run.stderr
@@ -242,9 +242,9 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
 
 
 def test_unknown_instruction_set_is_refused() -> None:
-    run = run_with_isa("mmx", "import torch; from fused_sce import _extension; _extension._C.isa()")
+    run = run_with_isa("mmx", "import torch; from fused_sce import _library; _library.build_facts()")
     assert run.returncode != 0
-    assert f"FUSED_SCE_ISA=mmx: this build and processor offer {_extension._C.available_isas()}" in run.stderr
+    assert f"FUSED_SCE_ISA=mmx: this build and processor offer {_library.build_facts()['isas']}" in run.stderr
 
 
 def test_repeated_runs_give_the_same_bits(device: str) -> None:

@@ -16,79 +16,129 @@ from fused_sce import functional as F
 ops = torch.ops.fused_sce
 
 
-def arguments(op: str, device: str, dtype: torch.dtype, weighted: bool) -> tuple[Any, ...]:
+def tensors(device: str, dtype: torch.dtype, weighted: bool) -> tuple[Tensor | None, ...]:
+    """Input, target, weight, pos_weight and count."""
     x = torch.randn(6, 9, device=device, dtype=dtype)
     t = torch.rand(6, 9, device=device, dtype=dtype)
-    weight = torch.rand(9, device=device, dtype=dtype) if weighted else None
-    pos_weight = torch.rand(6, 1, device=device, dtype=dtype) if weighted else None
-    if op == "_scale_":
-        return x, torch.tensor(3.0, device=device)
-    if op == "_sigmoid_cross_entropy_backward":
-        return torch.rand((), device=device, dtype=dtype), x, t, weight, pos_weight, 54
-    if op == "_sigmoid_cross_entropy_sum_with_gradient":
-        return x, t, weight, pos_weight, 54, None
-    leaf = x.requires_grad_()
-    if op == "sigmoid_cross_entropy":
-        return leaf, t, weight, pos_weight
-    return leaf, t, weight, pos_weight, 9
+    if not weighted:
+        return x, t, None, None, None
+    weight = torch.rand(9, device=device, dtype=dtype)
+    pos_weight = torch.rand(6, 1, device=device, dtype=dtype)
+    return x, t, weight, pos_weight, torch.tensor([5], device=device)
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        "sigmoid_cross_entropy",
-        "sigmoid_cross_entropy_rows",
-        "sigmoid_cross_entropy_sum",
-        "_sigmoid_cross_entropy_sum_with_gradient",
-        "_sigmoid_cross_entropy_backward",
-        "_scale_",
-    ],
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_opcheck(device: str, op: str, dtype: torch.dtype, weighted: bool) -> None:
-    args = arguments(op, device, dtype, weighted)
-    torch.library.opcheck(getattr(ops, op).default, args)
+@pytest.mark.parametrize("reduction", ["none", "rows", "sum"])
+def test_opcheck(device: str, dtype: torch.dtype, weighted: bool, reduction: str) -> None:
+    x, *rest = tensors(device, dtype, weighted)
+    assert x is not None
+    leaf = x.requires_grad_()
+    options = {"reduction": reduction, "divisor": 9}
+    if reduction == "none":
+        rest[-1], options = None, {}
+    torch.library.opcheck(ops.sigmoid_cross_entropy.default, (leaf, *rest), options)
     # opcheck passes an op without any autograd, so:
-    if not op.startswith("_"):
-        out = getattr(ops, op)(*args)
-        (gradient,) = torch.autograd.grad(out.float().sum(), args[0])
-        assert gradient.abs().min() > 0
+    loss = ops.sigmoid_cross_entropy(leaf, *rest, **options)
+    (gradient,) = torch.autograd.grad(loss.float().sum(), leaf)
+    assert gradient.abs().min() > 0
 
 
-def test_opcheck_of_the_op_that_allocates_nothing(device: str) -> None:
-    args = arguments("_sigmoid_cross_entropy_sum_with_gradient", device, torch.float32, weighted=True)
-    results = {"loss": torch.empty((), device=device), "gradient": torch.empty(6, 9, device=device)}
-    op = ops._sigmoid_cross_entropy_sum_with_gradient_out.default
-    torch.library.opcheck(op, args[:-1], results)
-    op(*args[:-1], **results)
-    loss, gradient = ops._sigmoid_cross_entropy_sum_with_gradient(*args)
-    assert torch.equal(results["loss"], loss)
-    assert torch.equal(results["gradient"], gradient)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck_of_private_ops(device: str, dtype: torch.dtype, weighted: bool) -> None:
+    arguments = (*tensors(device, dtype, weighted), "sum", 9, torch.float32)
+    torch.library.opcheck(ops._sigmoid_cross_entropy_forward.default, arguments)
+    upstream = torch.rand((), device=device, dtype=dtype)
+    torch.library.opcheck(ops._sigmoid_cross_entropy_backward.default, (upstream, *arguments))
+    results = {"gradient": torch.empty(6, 9, device=device, dtype=dtype)}
+    torch.library.opcheck(ops._sigmoid_cross_entropy_forward_out.default, arguments, results)
+    torch.library.opcheck(ops._sigmoid_cross_entropy_backward_out.default, (upstream, *arguments), results)
+    torch.library.opcheck(ops._scale_.default, (arguments[0], torch.tensor(3.0, device=device)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradient_in_given_memory(device: str, dtype: torch.dtype, in_place: bool) -> None:
+    x, *rest = tensors(device, dtype, weighted=True)
+    assert x is not None
+    arguments = (*rest, "sum", 9, torch.float32)
+    expected, expected_gradient = ops._sigmoid_cross_entropy_forward(x, *arguments)
+    input = x.clone()
+    gradient = input if in_place else torch.empty_like(x)
+    assert torch.equal(ops._sigmoid_cross_entropy_forward_out(input, *arguments, gradient=gradient), expected)
+    assert torch.equal(gradient, expected_gradient)
+
+    upstream = torch.rand(6, 9, device=device, dtype=dtype)
+    expected_gradient = ops._sigmoid_cross_entropy_backward(upstream, x, *arguments)
+    input = x.clone()
+    gradient = input if in_place else torch.empty_like(x)
+    ops._sigmoid_cross_entropy_backward_out(upstream, input, *arguments, gradient=gradient)
+    assert torch.equal(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize(
-    ("results", "error", "message"),
+    ("gradient", "message"),
     [
-        ({"loss": torch.empty(2)}, ValueError, r"loss must have one element, got shape \[2\]"),
-        ({"loss": torch.empty((), dtype=torch.int64)}, TypeError, "loss must be floating point, got Long"),
-        ({"gradient": torch.empty(9, 6)}, ValueError, r"of input's shape \[6, 9\], got shape \[9, 6\]"),
-        ({"gradient": torch.empty(9, 6).t()}, ValueError, r"contiguous .*strides \[1, 6\]"),
-        ({"gradient": torch.empty(6, 9).double()}, TypeError, "input's dtype Float, got Double"),
+        (torch.empty(9, 6), r"of input's shape \[6, 9\], got shape \[9, 6\]"),
+        (torch.empty(9, 6).t(), "gradient must be contiguous"),
+        (torch.empty(6, 9).double(), "input's dtype Float, got Double"),
     ],
 )
-def test_results_that_do_not_fit(results: dict[str, Tensor], error: type[Exception], message: str) -> None:
-    args = arguments("_sigmoid_cross_entropy_sum_with_gradient", "cpu", torch.float32, weighted=False)[:-1]
-    fitting = {"loss": torch.empty(()), "gradient": torch.empty(6, 9)}
-    with pytest.raises(error, match=message):
-        ops._sigmoid_cross_entropy_sum_with_gradient_out(*args, **fitting | results)
+def test_memory_that_does_not_fit(gradient: Tensor, message: str) -> None:
+    arguments = (*tensors("cpu", torch.float32, weighted=False), "sum")
+    with pytest.raises(RuntimeError, match=message):
+        ops._sigmoid_cross_entropy_forward_out(*arguments, gradient=gradient)
 
 
-def test_results_may_not_lie_in_the_inputs() -> None:
-    x, t, *rest, _ = arguments("_sigmoid_cross_entropy_sum_with_gradient", "cpu", torch.float32, weighted=False)
-    for inside in (x, t):
-        with pytest.raises(RuntimeError, match="refer to a single memory location"):
-            ops._sigmoid_cross_entropy_sum_with_gradient_out(x, t, *rest, loss=torch.empty(()), gradient=inside)
+def test_gradient_may_not_overlap_the_arguments() -> None:
+    buffer = torch.zeros(200)
+    x = buffer[:54].view(6, 9)
+    for overlapping in (buffer[1:55].view(6, 9), buffer[53:107].view(6, 9)):
+        with pytest.raises(RuntimeError, match="overlaps the memory of an argument"):
+            ops._sigmoid_cross_entropy_forward_out(x, torch.rand(6, 9), reduction="sum", gradient=overlapping)
+    for place in (1, 2, 3):
+        arguments: list[Tensor | None] = [torch.randn(6, 9), torch.rand(6, 9), None, None]
+        arguments[place] = x if place == 1 else buffer[50:59]
+        with pytest.raises(RuntimeError, match="overlaps the memory of an argument"):
+            ops._sigmoid_cross_entropy_forward_out(*arguments, reduction="sum", gradient=x)
+    with pytest.raises(RuntimeError, match="factor lies in the memory of self"):
+        ops._scale_(buffer, buffer[3])
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 2**40])
+@pytest.mark.parametrize("reduction", ["rows", "sum"])
+def test_count_divides(device: str, count: int, reduction: str) -> None:
+    x, t, weight, _, _ = tensors(device, torch.float64, weighted=True)
+    on_device = torch.tensor(count, device=device)
+    assert x is not None
+    leaf = x.requires_grad_()
+    loss = ops.sigmoid_cross_entropy(leaf, t, weight, None, on_device, reduction=reduction, divisor=3)
+    expected = ops.sigmoid_cross_entropy(leaf, t, weight, reduction=reduction, divisor=3) / max(count, 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+    upstream = torch.rand_like(loss)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaf, upstream), torch.autograd.grad(expected, leaf, upstream), rtol=1e-14, atol=0
+    )
+
+
+def test_a_count_that_is_none() -> None:
+    x, t = torch.randn(2, 3), torch.rand(2, 3)
+    for count in (torch.tensor([1, 2]), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError, match="count must be one int64 element"):
+            ops.sigmoid_cross_entropy(x, t, None, None, count, reduction="sum")
+    with pytest.raises(RuntimeError, match="reduction none has neither divisor nor count"):
+        ops.sigmoid_cross_entropy(x, t, divisor=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32])
+def test_scale_reads_a_factor_of_any_type(device: str, dtype: torch.dtype) -> None:
+    # 1065353216 has the bits of the float 1.0
+    for factor in (1, 3, 1065353216):
+        values = torch.randn(1001, device=device)
+        expected = values * torch.tensor(factor, device=device).to(dtype).float()
+        ops._scale_(values, torch.tensor(factor, device=device).to(dtype))
+        assert torch.equal(values, expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sum_classes"])
@@ -211,30 +261,44 @@ def test_direct_call_refuses_a_weight_that_wants_a_gradient() -> None:
     x, weight = torch.randn(3, requires_grad=True), torch.rand(3, requires_grad=True)
     for input in (x, x.detach()):
         with pytest.raises(RuntimeError, match="no gradient by weight"):
-            ops.sigmoid_cross_entropy_sum(input, x.detach(), weight)
+            ops.sigmoid_cross_entropy(input, x.detach(), weight)
 
 
 def test_direct_call_is_checked_too() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="must be the same as input size"):
-        ops.sigmoid_cross_entropy_sum(x, torch.rand(3, 5))
-    with pytest.raises(RuntimeError, match=r"weight of shape \[3\] does not broadcast"):
-        ops.sigmoid_cross_entropy_sum(x, torch.rand(3, 4), torch.rand(3))
-    with pytest.raises(TypeError, match="input must be floating point"):
-        ops.sigmoid_cross_entropy_sum(x.long(), torch.rand(3, 4))
-    with pytest.raises(TypeError, match="target has dtype ComplexFloat"):
-        ops.sigmoid_cross_entropy_sum(x, torch.rand(3, 4).to(torch.complex64))
+        ops.sigmoid_cross_entropy(x, torch.rand(3, 5))
+    with pytest.raises(RuntimeError, match=r"weight of shape .3.* does not broadcast"):
+        ops.sigmoid_cross_entropy(x, torch.rand(3, 4), torch.rand(3))
+    with pytest.raises(TypeError, match="input must hold floating-point logits"):
+        ops.sigmoid_cross_entropy(x.long(), torch.rand(3, 4))
+    with pytest.raises(TypeError, match="target must be real"):
+        ops.sigmoid_cross_entropy(x, torch.rand(3, 4).to(torch.complex64))
+    with pytest.raises(RuntimeError, match="reduction must be none, rows or sum, got mean"):
+        ops.sigmoid_cross_entropy(x, x, reduction="mean")
+    with pytest.raises(RuntimeError, match="the gradient is made with the sum alone, got reduction none"):
+        ops._sigmoid_cross_entropy_forward(x, x)
+    with pytest.raises(RuntimeError, match="dtype must be floating point, got Long"):
+        ops.sigmoid_cross_entropy(x, x, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("name", ["input", "target", "weight", "pos_weight"])
+def test_memory_given_back_is_noticed(name: str) -> None:
+    # as FSDP does between uses
+    tensors = {key: torch.rand(3, 4) for key in ("input", "target", "weight", "pos_weight")}
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name} has no memory"):
+        F.sigmoid_cross_entropy(**tensors)
 
 
 def test_device_without_kernels_says_so_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    # as on a CUDA tensor with a CPU-only build: here the CPU plays the device without kernels
-    monkeypatch.setattr(F, "_KERNEL_DEVICES", ())
-    monkeypatch.setattr(F._C, "usual_loss", lambda *_: None)  # in such a build it knows of no kernels either
+    # as on a CUDA tensor with a CPU-only build: here the meta device plays the device without kernels
+    monkeypatch.setattr(F, "_KERNEL_DEVICES", ("cpu",))
     F._lacks_kernels.cache_clear()
-    x, t = torch.randn(3, 4), torch.rand(3, 4)
+    x, t = torch.randn(3, 4, device="meta"), torch.rand(3, 4, device="meta")
     with pytest.warns(UserWarning, match="right but not fused"):
         loss = fused_sce.BCEWithLogitsLoss()(x, t)
-    torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(x, t))
+    assert loss.shape == ()
     F._lacks_kernels.cache_clear()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_sce import _extension
+from fused_sce import _library
 
 ROOT = Path(__file__).parent.parent
 CPU_SOURCES = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
@@ -31,5 +31,5 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_16_bit_and_every_101st_32_bit_logit(sweep: Path) -> None:
     run = subprocess.run([sweep, "101"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    for isa in _extension._C.available_isas().split():
+    for isa in _library.build_facts()["isas"].split():
         assert run.stdout.count(f"{isa:8} 0 lost: holds") == 3  # bfloat16, float16, float32

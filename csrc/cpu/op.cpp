@@ -1,0 +1,100 @@
+// The ops on CPU tensors.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "../ops/kernels.h"
+#include "kernels.h"
+#include "pages.h"
+
+namespace fused_sce {
+namespace {
+
+// About 40 us of work with AVX2: less is not worth waking a second thread.
+constexpr int64_t kElementsPerThread = 32768;
+constexpr int64_t kChunksPerThread = kElementsPerThread / cpu::kChunk;
+
+// The count lies where the host can read it.
+Problem divided_by_count(Problem problem) {
+  if (problem.count) problem.divisor *= double(std::max<int64_t>(*problem.count, 1));
+  return problem;
+}
+
+struct CpuBackend {
+  static void prepare(const Tensor& result) {
+    cpu::prefer_large_pages(result.mutable_data_ptr(), size_t(result.numel()) * result.element_size());
+  }
+
+  static void elements(const Problem& undivided, const Tensor&) {
+    const Problem problem = divided_by_count(undivided);
+    const cpu::Kernels& kernels = cpu::kernels();
+    torch::stable::parallel_for(0, cpu::num_chunks(problem.numel), kChunksPerThread, [&](int64_t begin, int64_t end) {
+      kernels.chunks(problem, begin, end, nullptr);
+    });
+  }
+
+  static void sum(const Problem& undivided, const Tensor& total) {
+    const Problem problem = divided_by_count(undivided);
+    const cpu::Kernels& kernels = cpu::kernels();
+    const int64_t chunks = cpu::num_chunks(problem.numel);
+    double few[16];
+    std::vector<double> many(chunks > 16 ? chunks : 0);
+    double* const partial_sums = chunks > 16 ? many.data() : few;
+    torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
+      kernels.chunks(problem, begin, end, partial_sums);
+    });
+    store(cpu::add_pairwise(partial_sums, chunks) / problem.divisor, result_of(total));
+  }
+
+  static void rows(const Problem& undivided, int64_t columns, const Tensor& loss) {
+    const Problem problem = divided_by_count(undivided);
+    const cpu::Kernels& kernels = cpu::kernels();
+    const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns));
+    torch::stable::parallel_for(
+        0, loss.numel(), grain, [&](int64_t begin, int64_t end) { kernels.rows(problem, columns, begin, end); });
+  }
+
+  // A factor of 1, the usual one, touches no memory.
+  static void scale(const Tensor& self, const Tensor& factor) {
+    double value = 0.0;
+    visit(dtype_of(factor, "factor"), [&](auto tag) {
+      value = load_as<double>(*static_cast<const decltype(tag)*>(factor.const_data_ptr()));
+    });
+    if (value == 1.0) return;
+    visit_floating(dtype_of(self, "self"), [&](auto tag) {
+      using Stored = decltype(tag);
+      using T = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+      Stored* const values = static_cast<Stored*>(self.mutable_data_ptr());
+      torch::stable::parallel_for(0, self.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) values[i] = StoreAs<Stored>::from(load_as<T>(values[i]) * T(value));
+      });
+    });
+  }
+
+ private:
+  static void store(double value, const Result& result) {
+    visit_floating(result.dtype, [&](auto tag) {
+      using To = decltype(tag);
+      *static_cast<To*>(result.data) = StoreAs<To>::from(value);
+    });
+  }
+};
+
+#if defined(__clang__)
+#define FUSED_SCE_COMPILER "clang " __clang_version__
+#else
+#define FUSED_SCE_COMPILER "gcc " __VERSION__
+#endif
+
+void build(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(
+      std::string("compiler: " FUSED_SCE_COMPILER "\nisa: ") + cpu::kernels().isa + "\nisas: " + cpu::available_isas());
+}
+
+}  // namespace
+}  // namespace fused_sce
+
+STABLE_TORCH_LIBRARY_IMPL(fused_sce, CPU, m) { fused_sce::OpKernels<fused_sce::CpuBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_sce, CompositeExplicitAutograd, m) { m.impl("_cpu_build", &fused_sce::build); }

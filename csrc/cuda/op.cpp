@@ -1,0 +1,109 @@
+// The ops on CUDA tensors: each launches on the current stream of the tensors' device and never waits.
+//
+// A library of its own, because a torch without CUDA lacks the functions it calls. The CUDA runtime is linked
+// statically: so it does not matter which one torch brings, as long as the driver knows this one.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "../ops/kernels.h"
+#include "kernels.h"
+
+namespace fused_sce {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void check(cudaError_t status) {
+  if (status != cudaSuccess) fail("CUDA error: ", cudaGetErrorString(status));
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// The counter and the partial sums of one kernel at a time. There is one workspace for each stream, whose kernels run
+// one after the other; each leaves the counter at 0 for the next. It is never freed (32 KiB), and not taken from
+// torch's allocator: that may be serving a CUDA graph's private pool (torch.compile warms up in one), where a tensor
+// that outlives the graph is an error.
+double* workspace_of(int32_t device, cudaStream_t stream) {
+  static std::mutex mutex;
+  static auto& workspaces = *new std::map<std::pair<int32_t, cudaStream_t>, double*>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  double*& workspace = workspaces[{device, stream}];
+  if (!workspace) {
+    // Another thread may be capturing a graph. In the default mode its capture would fail on this allocation.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    const size_t bytes = cuda::kMaxWorkspaceWords * sizeof(double);
+    void* memory = nullptr;
+    cudaError_t status = cudaMalloc(&memory, bytes);
+    if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, bytes, stream);
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    check(status);
+    workspace = static_cast<double*>(memory);
+  }
+  return workspace;
+}
+
+struct CudaBackend {
+  static void prepare(const Tensor&) {}
+
+  static void elements(const Problem& problem, const Tensor& result) {
+    const DeviceGuard guard(result.get_device_index());
+    check(cuda::elements(problem, current_stream(result)));
+  }
+
+  static void sum(const Problem& problem, const Tensor& total) {
+    const DeviceGuard guard(total.get_device_index());
+    const cudaStream_t stream = current_stream(total);
+    const int64_t words = cuda::workspace_words(problem);
+    double* workspace = nullptr;
+    if (words > 0 && is_capturing(stream)) {
+      // A CUDA graph may be replayed on any stream, beside kernels that use this stream's workspace, and two counts in
+      // one counter would lose a block. So each captured sum has its own, zeroed by the graph.
+      const Tensor zeros = new_tensor(total, std::vector<int64_t>{words}, ScalarType::Double);
+      workspace = static_cast<double*>(zeros.mutable_data_ptr());
+      check(cudaMemsetAsync(workspace, 0, size_t(words) * sizeof(double), stream));
+      check(cuda::sum(problem, result_of(total), workspace, stream));
+      return;
+    }
+    if (words > 0) workspace = workspace_of(total.get_device_index(), stream);
+    check(cuda::sum(problem, result_of(total), workspace, stream));
+  }
+
+  static void rows(const Problem& problem, int64_t columns, const Tensor& loss) {
+    const DeviceGuard guard(loss.get_device_index());
+    check(cuda::rows(problem, columns, loss.numel(), current_stream(loss)));
+  }
+
+  static void scale(const Tensor& self, const Tensor& factor) {
+    const DeviceGuard guard(self.get_device_index());
+    Operand operand;
+    operand.data = factor.const_data_ptr();
+    operand.dtype = dtype_of(factor, "factor");
+    check(cuda::scale(result_of(self), self.numel(), operand, current_stream(self)));
+  }
+};
+
+void build(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(std::string("nvcc " FUSED_SCE_NVCC_VERSION ", " FUSED_SCE_CUDA_ARCHS));
+}
+
+}  // namespace
+}  // namespace fused_sce
+
+STABLE_TORCH_LIBRARY_IMPL(fused_sce, CUDA, m) { fused_sce::OpKernels<fused_sce::CudaBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_sce, CompositeExplicitAutograd, m) { m.impl("_cuda_build", &fused_sce::build); }

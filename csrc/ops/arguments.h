@@ -1,0 +1,55 @@
+// The arguments of the loss: each is named once in the schema and once in the struct, in the same order.
+#pragma once
+
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace fused_sce {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+//   count      one int64 element on the input's device. It divides as `divisor` does; 0 divides as 1.
+//   reduction  "none", "rows" (sum over the last dimension) or "sum" (over all).
+//   divisor    divides the loss. An integer made of sizes, because it stays symbolic under torch.compile; a float would
+//              recompile for each batch size.
+//   dtype      of the loss. Default: the target's if it is floating point (as torch), else the input's.
+#define FUSED_SCE_TENSORS \
+  "Tensor input, Tensor target, Tensor? weight=None, Tensor? pos_weight=None, Tensor? count=None"
+#define FUSED_SCE_OPTIONS "str reduction='none', SymInt divisor=1, ScalarType? dtype=None"
+
+// Takes the values of a call from the stack, one after the other.
+class Values {
+ public:
+  explicit Values(StableIValue* stack) : next_(stack) {}
+
+  template <class T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+ private:
+  StableIValue* next_;
+};
+
+// Members take their values in the order in which they stand here.
+struct Arguments {
+  explicit Arguments(Values& values) : values(values) {}
+
+  Values& values;
+  Tensor input = values.next<Tensor>();
+  Tensor target = values.next<Tensor>();
+  OptionalTensor weight = values.next<OptionalTensor>();
+  OptionalTensor pos_weight = values.next<OptionalTensor>();
+  OptionalTensor count = values.next<OptionalTensor>();
+  std::string reduction = values.next<std::string>();
+  int64_t divisor = values.next<int64_t>();
+  std::optional<ScalarType> dtype = values.next<std::optional<ScalarType>>();
+};
+
+}  // namespace fused_sce

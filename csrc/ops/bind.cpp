@@ -1,0 +1,294 @@
+#include "bind.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace fused_sce {
+namespace {
+
+using torch::headeronly::DeviceType;
+using torch::stable::Device;
+
+struct Named {
+  const char* name = nullptr;
+  const Tensor* tensor = nullptr;
+  Operand* operand = nullptr;
+};
+
+// The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, grad_output.
+class Operands {
+ public:
+  void add(const char* name, const Tensor& tensor, Operand& operand) { each_[count_++] = {name, &tensor, &operand}; }
+  Named* begin() { return each_; }
+  Named* end() { return each_ + count_; }
+
+ private:
+  Named each_[5];
+  int count_ = 0;
+};
+
+// A shape, as an error message shows it.
+struct Shape {
+  IntHeaderOnlyArrayRef sizes;
+};
+std::ostream& operator<<(std::ostream& out, Shape shape) {
+  out << "[";
+  for (size_t dim = 0; dim < shape.sizes.size(); ++dim) out << (dim ? ", " : "") << shape.sizes[dim];
+  return out << "]";
+}
+Shape shape_of(const Tensor& tensor) { return {tensor.sizes()}; }
+
+// The device of a tensor, as an error message shows it.
+std::string device_of(const Tensor& tensor) {
+  const Device device = tensor.device();
+  const std::string index = device.has_index() ? ":" + std::to_string(device.index()) : "";
+  return (tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda" : "another device") + index;
+}
+
+bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+bool same_sizes(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+bool broadcasts_to(IntHeaderOnlyArrayRef own, IntHeaderOnlyArrayRef sizes) {
+  if (own.size() > sizes.size()) return false;
+  const size_t missing = sizes.size() - own.size();
+  for (size_t dim = 0; dim < own.size(); ++dim) {
+    if (own[dim] != 1 && own[dim] != sizes[dim + missing]) return false;
+  }
+  return true;
+}
+
+// The stride of `tensor`, broadcast to `dims` dimensions, along dimension `dim` of these.
+int64_t broadcast_stride(const Tensor& tensor, int64_t dims, int64_t dim) {
+  const int64_t own = dim - (dims - tensor.dim());
+  return own < 0 || tensor.size(own) == 1 ? 0 : tensor.stride(own);
+}
+
+// Drops dimensions of size 1 and merges neighbours wherever the strides of every operand allow it. False: more than
+// kMaxDims are left.
+bool merge_dimensions(IntHeaderOnlyArrayRef sizes, Operands& operands, Problem& problem) {
+  const int64_t dims = int64_t(sizes.size());
+  problem.ndim = 0;
+  for (int64_t dim = 0; dim < dims; ++dim) {
+    if (sizes[dim] == 1) continue;
+    const bool joins = problem.ndim > 0 && std::all_of(operands.begin(), operands.end(), [&](const Named& each) {
+                         return each.operand->contiguous || each.operand->strides[problem.ndim - 1] ==
+                                                                broadcast_stride(*each.tensor, dims, dim) * sizes[dim];
+                       });
+    if (joins) {
+      problem.sizes[problem.ndim - 1] *= sizes[dim];
+    } else if (problem.ndim == kMaxDims) {
+      return false;
+    } else {
+      problem.sizes[problem.ndim++] = sizes[dim];
+    }
+    for (const Named& each : operands) {
+      if (each.operand->contiguous) continue;
+      each.operand->strides[problem.ndim - 1] = broadcast_stride(*each.tensor, dims, dim);
+    }
+  }
+  if (problem.ndim == 0) {
+    problem.ndim = 1;
+    problem.sizes[0] = 1;
+  }
+  return true;
+}
+
+// The tensor, broadcast and contiguous.
+Tensor materialized(const Tensor& tensor, const Tensor& input) {
+  Tensor copy = new_tensor(input, input.sizes(), tensor.scalar_type());
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+// The first byte of a tensor's elements and the byte after the last. Empty tensors have none.
+std::pair<const char*, const char*> extent_of(const Tensor& tensor) {
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  if (tensor.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return {begin, begin + (last + 1) * int64_t(tensor.element_size())};
+}
+
+bool overlap(const Tensor& a, const Tensor& b) {
+  const auto [a_begin, a_end] = extent_of(a);
+  const auto [b_begin, b_end] = extent_of(b);
+  return a_begin < b_end && b_begin < a_end;
+}
+
+void check_same_device(const Tensor& tensor, const char* name, const Tensor& input) {
+  if (tensor.device() == input.device()) return;
+  fail(
+      "Expected all tensors to be on the same device, but input is on ", device_of(input), " and ", name, " is on ",
+      device_of(tensor));
+}
+
+}  // namespace
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::Double: return DType::Float64;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Half: return DType::Float16;
+    case ScalarType::Bool: return DType::Bool;
+    case ScalarType::Byte: return DType::UInt8;
+    case ScalarType::Char: return DType::Int8;
+    case ScalarType::Short: return DType::Int16;
+    case ScalarType::Int: return DType::Int32;
+    case ScalarType::Long: return DType::Int64;
+    default:
+      fail(name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()), ", which the loss does not take");
+  }
+}
+
+Reduction reduction_of(const Arguments& arguments) {
+  if (arguments.reduction == "none") return Reduction::None;
+  if (arguments.reduction == "sum") return Reduction::Sum;
+  if (arguments.reduction != "rows") fail("reduction must be none, rows or sum, got ", arguments.reduction);
+  if (arguments.input.dim() == 0) fail("input must have a last dimension to sum over, but it is a scalar");
+  return Reduction::Rows;
+}
+
+ScalarType result_type(const Arguments& arguments) {
+  const ScalarType target = arguments.target.scalar_type();
+  const ScalarType type = arguments.dtype.value_or(is_floating(target) ? target : arguments.input.scalar_type());
+  if (!is_floating(type)) fail("dtype must be floating point, got ", torch::headeronly::toString(type));
+  return type;
+}
+
+BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
+  const Tensor& input = arguments.input;
+  const IntHeaderOnlyArrayRef sizes = input.sizes();
+  const ScalarType input_type = input.scalar_type();
+  if (!is_floating(input_type)) {
+    fail("input must be floating point, got ", torch::headeronly::toString(input_type));
+  }
+  if (!same_sizes(arguments.target.sizes(), sizes)) {
+    fail("Target size (", shape_of(arguments.target), ") must be the same as input size (", shape_of(input), ")");
+  }
+
+  BoundProblem bound;
+  Problem& problem = bound.problem;
+  problem.numel = input.numel();
+  problem.divisor = double(arguments.divisor);
+  problem.in_double = input_type == ScalarType::Double || arguments.target.scalar_type() == ScalarType::Double;
+  const ScalarType computing_type = problem.in_double ? ScalarType::Double : ScalarType::Float;
+
+  Operands operands;
+  operands.add("input", input, problem.logits);
+  operands.add("target", arguments.target, problem.target);
+  if (arguments.weight) operands.add("weight", *arguments.weight, problem.weight);
+  if (arguments.pos_weight) operands.add("pos_weight", *arguments.pos_weight, problem.pos_weight);
+  if (upstream) operands.add("grad_output", *upstream, problem.upstream);
+
+  const auto replace = [&](Named& each, Tensor tensor) {
+    bound.copies.push_back(std::move(tensor));
+    each.tensor = &bound.copies.back();
+  };
+  bool all_contiguous = true;
+  for (Named& each : operands) {
+    // As elsewhere in torch, a scalar tensor may stay on the CPU.
+    if (!input.is_cpu() && each.tensor->dim() == 0 && each.tensor->is_cpu()) {
+      replace(each, torch::stable::to(*each.tensor, input.device()));
+    }
+    check_same_device(*each.tensor, each.name, input);
+    if (!broadcasts_to(each.tensor->sizes(), sizes)) {
+      fail(each.name, " of shape ", shape_of(*each.tensor), " does not broadcast to input's shape ", shape_of(input));
+    }
+    each.operand->dtype = dtype_of(*each.tensor, each.name);
+    // Converted here once rather than in every kernel: a weight is small as a rule. A gradient of the loss may be as
+    // large as the logits and have their type, so the kernels read that type as well.
+    const ScalarType type = each.tensor->scalar_type();
+    const bool is_weight = each.operand == &problem.weight || each.operand == &problem.pos_weight;
+    const bool is_upstream = each.operand == &problem.upstream;
+    if (type != computing_type && (is_weight || (is_upstream && type != input_type))) {
+      replace(each, torch::stable::to(*each.tensor, computing_type));
+      each.operand->dtype = problem.in_double ? DType::Float64 : DType::Float32;
+    }
+    each.operand->contiguous = each.tensor->is_contiguous() && same_sizes(each.tensor->sizes(), sizes);
+    all_contiguous = all_contiguous && each.operand->contiguous;
+  }
+
+  problem.sizes[0] = problem.numel;
+  if (!all_contiguous && !merge_dimensions(sizes, operands, problem)) {
+    for (Named& each : operands) {
+      if (!each.operand->contiguous) replace(each, materialized(*each.tensor, input));
+      each.operand->contiguous = true;
+    }
+    problem.ndim = 1;
+    problem.sizes[0] = problem.numel;
+  }
+  static const char kEmpty = 0;  // null would mean an absent operand
+  for (const Named& each : operands) {
+    each.operand->data = problem.numel ? each.tensor->const_data_ptr() : &kEmpty;
+    if (!each.operand->data) fail(each.name, " has no memory: its storage was resized to 0 bytes");
+  }
+
+  if (arguments.count) {
+    const Tensor& count = *arguments.count;
+    if (count.numel() != 1 || count.scalar_type() != ScalarType::Long) {
+      fail(
+          "count must be one int64 element, got shape ", shape_of(count), " and dtype ",
+          torch::headeronly::toString(count.scalar_type()));
+    }
+    check_same_device(count, "count", input);
+    problem.count = static_cast<const int64_t*>(count.const_data_ptr());
+  }
+  return bound;
+}
+
+void check_gradient(const Arguments& arguments, const Tensor& gradient) {
+  const Tensor& input = arguments.input;
+  if (!same_sizes(gradient.sizes(), input.sizes()) || !gradient.is_contiguous()) {
+    fail("gradient must be contiguous and of input's shape ", shape_of(input), ", got shape ", shape_of(gradient));
+  }
+  if (gradient.scalar_type() != input.scalar_type()) {
+    fail(
+        "gradient must have input's dtype ", torch::headeronly::toString(input.scalar_type()), ", got ",
+        torch::headeronly::toString(gradient.scalar_type()));
+  }
+  check_same_device(gradient, "gradient", input);
+  const bool is_in_place = input.is_contiguous() && gradient.const_data_ptr() == input.const_data_ptr();
+  bool is_apart = (is_in_place || !overlap(gradient, input)) && !overlap(gradient, arguments.target);
+  for (const OptionalTensor* factor : {&arguments.weight, &arguments.pos_weight, &arguments.count}) {
+    is_apart = is_apart && !(*factor && overlap(gradient, **factor));
+  }
+  if (!is_apart) fail("gradient overlaps the memory of an argument and is not exactly that of a contiguous input");
+}
+
+void check_scale(const Tensor& self, const Tensor& factor) {
+  if (!self.is_contiguous()) fail("self must be contiguous");
+  if (factor.numel() != 1) fail("factor must have one element, got shape ", shape_of(factor));
+  check_same_device(factor, "factor", self);
+  if (overlap(self, factor)) fail("factor lies in the memory of self");
+}
+
+Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(sizes[dim], 1);
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, like.get_device_index(),
+      &handle));
+  return Tensor(handle);
+}
+
+Result result_of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor, "result")}; }
+
+}  // namespace fused_sce

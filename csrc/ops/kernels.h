@@ -1,0 +1,127 @@
+// The kernels of the ops, for any backend: tensors around each call of what runs a problem.
+//
+// A Backend has
+//     static void prepare(const Tensor& result)             memory that is about to be written for the first time
+//     static void elements(const Problem&, const Tensor& result)  problem.loss and problem.gradient, whichever is set
+//     static void sum(const Problem&, const Tensor& total)        the sum of all losses; problem.gradient if set
+//     static void rows(const Problem&, int64_t columns, const Tensor& loss)      problem.loss, one for each row
+//     static void scale(const Tensor& self, const Tensor& factor)
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "bind.h"
+
+namespace fused_sce {
+
+template <class Backend>
+struct OpKernels {
+  // Each is a boxed kernel: it takes the arguments from the stack and leaves the results there.
+  static void loss(StableIValue* stack, uint64_t, uint64_t) {
+    Values values(stack);
+    const Arguments arguments(values);
+    stack[0] = boxed(loss_of(arguments));
+  }
+
+  static void forward(StableIValue* stack, uint64_t, uint64_t) {
+    Values values(stack);
+    const Arguments arguments(values);
+    BoundProblem bound = bind(arguments);
+    const Tensor gradient = new_tensor(arguments.input, arguments.input.sizes(), arguments.input.scalar_type());
+    Backend::prepare(gradient);
+    stack[0] = boxed(loss_and_gradient(arguments, bound, gradient));
+    stack[1] = boxed(gradient);
+  }
+
+  static void forward_out(StableIValue* stack, uint64_t, uint64_t) {
+    Values values(stack);
+    const Arguments arguments(values);
+    const Tensor gradient = values.next<Tensor>();
+    BoundProblem bound = bind(arguments);
+    check_gradient(arguments, gradient);
+    stack[0] = boxed(loss_and_gradient(arguments, bound, gradient));
+  }
+
+  static void backward(StableIValue* stack, uint64_t, uint64_t) {
+    Values values(stack);
+    const Tensor grad_output = values.next<Tensor>();
+    const Arguments arguments(values);
+    BoundProblem bound = bind(arguments, &grad_output);
+    const Tensor gradient = new_tensor(arguments.input, arguments.input.sizes(), arguments.input.scalar_type());
+    Backend::prepare(gradient);
+    gradient_of(bound, gradient);
+    stack[0] = boxed(gradient);
+  }
+
+  static void backward_out(StableIValue* stack, uint64_t, uint64_t) {
+    Values values(stack);
+    const Tensor grad_output = values.next<Tensor>();
+    const Arguments arguments(values);
+    const Tensor gradient = values.next<Tensor>();
+    BoundProblem bound = bind(arguments, &grad_output);
+    check_gradient(arguments, gradient);
+    gradient_of(bound, gradient);
+  }
+
+  static void scale(StableIValue* stack, uint64_t, uint64_t) {
+    Values values(stack);
+    const Tensor self = values.next<Tensor>();
+    const Tensor factor = values.next<Tensor>();
+    check_scale(self, factor);
+    if (self.numel() > 0) Backend::scale(self, factor);
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("sigmoid_cross_entropy", &loss);
+    m.impl("_sigmoid_cross_entropy_forward", &forward);
+    m.impl("_sigmoid_cross_entropy_forward_out", &forward_out);
+    m.impl("_sigmoid_cross_entropy_backward", &backward);
+    m.impl("_sigmoid_cross_entropy_backward_out", &backward_out);
+    m.impl("_scale_", &scale);
+  }
+
+ private:
+  static StableIValue boxed(const Tensor& tensor) { return torch::stable::detail::from(tensor); }
+
+  static Tensor loss_of(const Arguments& arguments) {
+    const Reduction reduction = reduction_of(arguments);
+    if (reduction == Reduction::None && (arguments.divisor != 1 || arguments.count)) {
+      fail("reduction none has neither divisor nor count");
+    }
+    BoundProblem bound = bind(arguments);
+    const IntHeaderOnlyArrayRef sizes = arguments.input.sizes();
+    const size_t dims = reduction == Reduction::Sum ? 0 : sizes.size() - (reduction == Reduction::Rows);
+    const Tensor loss = new_tensor(arguments.input, IntHeaderOnlyArrayRef(sizes.data(), dims), result_type(arguments));
+    if (loss.numel() == 0) return loss;
+    if (reduction == Reduction::Sum) {
+      Backend::sum(bound.problem, loss);
+      return loss;
+    }
+    bound.problem.loss = result_of(loss);
+    if (reduction == Reduction::Rows) {
+      Backend::rows(bound.problem, sizes[dims], loss);
+    } else {
+      Backend::prepare(loss);
+      Backend::elements(bound.problem, loss);
+    }
+    return loss;
+  }
+
+  static Tensor loss_and_gradient(const Arguments& arguments, BoundProblem& bound, const Tensor& gradient) {
+    if (reduction_of(arguments) != Reduction::Sum) {
+      fail("the gradient is made with the sum alone, got reduction ", arguments.reduction);
+    }
+    const Tensor total = new_tensor(arguments.input, IntHeaderOnlyArrayRef(), result_type(arguments));
+    bound.problem.gradient = result_of(gradient);
+    Backend::sum(bound.problem, total);
+    return total;
+  }
+
+  static void gradient_of(BoundProblem& bound, const Tensor& gradient) {
+    if (bound.problem.numel == 0) return;
+    bound.problem.gradient = result_of(gradient);
+    Backend::elements(bound.problem, gradient);
+  }
+};
+
+}  // namespace fused_sce

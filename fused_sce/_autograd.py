@@ -1,0 +1,161 @@
+"""The loss and its gradient: autograd Functions over the ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sce import _library as _library  # registers the ops
+from fused_sce import reference
+from fused_sce._torch_private import below_autograd, direct_call
+
+_ops = torch.ops.fused_sce
+_loss = _ops.sigmoid_cross_entropy.default
+_forward = direct_call(_ops._sigmoid_cross_entropy_forward.default)
+_forward_out = _ops._sigmoid_cross_entropy_forward_out.default
+_backward = _ops._sigmoid_cross_entropy_backward.default
+_backward_out = _ops._sigmoid_cross_entropy_backward_out.default
+_scale_ = direct_call(_ops._scale_.default)
+
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""The first arguments of the ops: input, target, weight, pos_weight, count."""
+
+Options = tuple[Any, ...]
+"""The others in the order of the schema, some of the last may be missing: reduction, divisor, dtype."""
+
+OPTIONS = [argument.name for argument in _loss._schema.arguments if argument.kwarg_only]
+"""Their names."""
+
+
+def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
+    """The loss by the kernels, recorded by autograd where a gradient is wanted."""
+    if needs_graph(tensors):
+        function = SigmoidCrossEntropyInPlace if inplace else SigmoidCrossEntropy
+        value: Tensor = function.apply(tensors[0], tensors[1], tensors[2:], options)
+        return value
+    return _without_graph(tensors, options)
+
+
+def call_op(tensors: Tensors, options: Options) -> Tensor:
+    """The public op, as programs record it."""
+    value: Tensor = _loss(*tensors, **dict(zip(OPTIONS, options, strict=False)))
+    return value
+
+
+def needs_graph(tensors: Tensors) -> bool:
+    """Whether autograd records the call."""
+    return (tensors[0].requires_grad or tensors[1].requires_grad) and torch.is_grad_enabled()
+
+
+def _without_graph(tensors: Tensors, options: Options) -> Tensor:
+    with below_autograd():
+        return call_op(tensors, options)
+
+
+def _makes_gradient(ctx: Any, input: Tensor, options: Options) -> bool:
+    """Whether forward makes the gradient: input and target are at hand, so it costs one write more.
+
+    Not in float16: divided by a large batch it underflows there, before a GradScaler's factor could save it.
+    """
+    by_input: bool = ctx.needs_input_grad[0]
+    return by_input and options[0] == "sum" and input.dtype is not torch.float16
+
+
+class SigmoidCrossEntropy(torch.autograd.Function):
+    """The loss, differentiable in input and target.
+
+    With `ctx` in forward: a Function with `setup_context`, which `torch.func` asks for, takes twice the time (one row
+    of 8 logits, forward and backward, torch 2.14: 97 us against 45). For the same reason it has few arguments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, factors: tuple[Any, ...], options: Options) -> Tensor:
+        """The loss."""
+        ctx.save_for_backward(input, target, *factors)
+        ctx.options = options
+        value: Tensor
+        if _makes_gradient(ctx, input, options):
+            value, ctx.gradient = _forward(input, target, *factors, *options)
+        else:
+            value, ctx.gradient = _without_graph((input, target, *factors), options), None
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by input and target."""
+        gradient, ctx.gradient = ctx.gradient, None
+        tensors, options = ctx.saved_tensors, ctx.options
+        upstream = _by_element(grad_output, options)
+        by_input, by_target, *_ = ctx.needs_input_grad
+        of_input = of_target = None
+        if by_input and torch.is_grad_enabled():
+            of_input = reference.gradient_by_input(upstream, *tensors, *options)
+        elif by_input and gradient is not None:
+            of_input = _scaled(gradient, upstream)
+        elif by_input:
+            of_input = _backward(upstream, *tensors, *options)
+        if by_target:
+            of_target = reference.gradient_by_target(upstream, *tensors, *options)
+        return of_input, of_target, None, None
+
+
+class SigmoidCrossEntropyInPlace(torch.autograd.Function):
+    """The loss, differentiable in input, whose memory the gradient overwrites.
+
+    In forward if the gradient is made there, else in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, factors: tuple[Any, ...], options: Options) -> Tensor:
+        """The loss."""
+        ctx.options = options
+        ctx.gradient = None
+        if not _makes_gradient(ctx, input, options):
+            ctx.save_for_backward(input, target, *factors)
+            return _without_graph((input, target, *factors), options)
+        value: Tensor = _forward_out(input, target, *factors, *options, gradient=input)
+        ctx.gradient = input.detach()  # not saved: autograd would refuse to give back what has changed
+        torch.autograd.graph.increment_version(input)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient by input, once."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace=True has no second derivative (create_graph=True): the gradient overwrites the logits. "
+                "Use inplace=False"
+            )
+        gradient, ctx.gradient = ctx.gradient, None
+        upstream = _by_element(grad_output, ctx.options)
+        if gradient is not None:
+            return _scaled(gradient, upstream), None, None, None
+        if not ctx.saved_tensors:
+            raise RuntimeError(
+                "inplace=True allows one backward pass: the gradient overwrote the logits and was given away. "
+                "Use inplace=False"
+            )
+        tensors = ctx.saved_tensors
+        gradient = tensors[0].detach()
+        _backward_out(upstream, *tensors, *ctx.options, gradient=gradient)
+        torch.autograd.graph.increment_version(gradient)
+        return gradient, None, None, None
+
+
+def _by_element(grad_output: Tensor, options: Options) -> Tensor:
+    """A gradient of the loss, as it broadcasts to the logits."""
+    return grad_output.unsqueeze(-1) if options[0] == "rows" else grad_output
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient that forward made, times an upstream factor.
+
+    The first backward pass gives this tensor away, scaled where it lies, without asking on the host whether the factor
+    is 1. A later pass over a retained graph computes the gradient anew.
+    """
+    if type(gradient) is not Tensor or type(factor) is not Tensor or torch.compiler.is_compiling():
+        return gradient * factor.to(gradient.dtype)  # traced, or a DTensor: nothing in place
+    _scale_(gradient, factor)
+    return gradient

@@ -1,3 +1,0 @@
-TORCH_VERSION: str
-TORCH_CUDA_VERSION: str | None
-WITH_CUDA: bool

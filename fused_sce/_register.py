@@ -1,0 +1,139 @@
+"""What the ops mean to torch's other layers, which the stable ABI cannot say: fakes, autograd, autocast and vmap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sce import _autograd, _checks, _sharding, reference
+from fused_sce._torch_private import after_autocast, after_autograd, is_any_autocast_enabled, is_differentiating
+
+_NAME = "fused_sce::sigmoid_cross_entropy"
+_op = torch.ops.fused_sce.sigmoid_cross_entropy.default
+
+
+# Fakes: shape and dtype of what an op returns, for torch.compile, torch.export and meta tensors.
+
+
+@torch.library.register_fake(_NAME)
+def _fake_loss(
+    input: Tensor, target: Tensor, *rest: Any, reduction: str = "none", dtype: torch.dtype | None = None, **_: object
+) -> Tensor:
+    _checks.check_tensors(input, target, *(*rest, None, None)[:2])
+    shape = {"none": input.shape, "rows": input.shape[:-1], "sum": ()}[reduction]
+    return input.new_empty(shape, dtype=reference.result_dtype(input, target, dtype))
+
+
+@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_forward")
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake_forward_out(*arguments), arguments[0].new_empty(arguments[0].shape)
+
+
+@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_forward_out")
+def _fake_forward_out(*arguments: Any, **_: object) -> Tensor:
+    tensors, options = arguments[:5], arguments[5:]
+    loss: Tensor = _fake_loss(*tensors, **dict(zip(_autograd.OPTIONS, options, strict=False)))
+    return loss
+
+
+@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_backward")
+def _fake_backward(grad_output: Tensor, input: Tensor, *rest: object) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_backward_out")
+def _fake_backward_out(*_: object, **__: object) -> None:
+    return None
+
+
+@torch.library.register_fake("fused_sce::_scale_")
+def _fake_scale(self: Tensor, factor: Tensor) -> None:
+    return None
+
+
+# Autograd of the op itself. The functions of fused_sce.functional do not come this way, but compiled and exported
+# programs do.
+
+_library = torch.library.Library("fused_sce", "IMPL")
+
+
+def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Tensor:
+    tensors = (*args, None, None, None)[:5]
+    input, target, weight, pos_weight, _ = tensors
+    options = tuple(kwargs.get(argument.name, argument.default_value) for argument in _op._schema.arguments[5:])
+    if type(input) is not Tensor:
+        _sharding.register()  # it may be a DTensor
+    if torch.is_grad_enabled() and any(factor is not None and factor.requires_grad for factor in (weight, pos_weight)):
+        raise RuntimeError("this op has no gradient by weight or pos_weight; fused_sce.functional has")
+    try:
+        if is_differentiating():
+            return reference.sigmoid_cross_entropy(*tensors, *options)
+        if _autograd.needs_graph(tensors):
+            return _autograd.loss(tensors, options)
+        value: Tensor = _op.redispatch(keyset & after_autograd, *tensors, **kwargs)
+        return value
+    except Exception:
+        _checks.check_tensors(input, target, weight, pos_weight)
+        raise
+
+
+_library.impl("sigmoid_cross_entropy", _autograd_kernel, "Autograd", with_keyset=True)
+
+
+# Autocast reads the logits in their own dtype, where torch first copies them to float32, and gives a float32 loss
+# (float64 for a float64 target, as torch).
+
+
+def autocast_dtype(input: Tensor, target: Tensor) -> torch.dtype | None:
+    """The dtype of the loss where autocast decides it; None: elsewhere."""
+    if not (is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)):
+        return None
+    return torch.float64 if target.dtype == torch.float64 else torch.float32
+
+
+def _register_autocast(key: str) -> None:
+    below = after_autocast(key)
+
+    def kernel(keyset: torch._C.DispatchKeySet, input: Tensor, target: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if options.get("dtype") is None:
+            options["dtype"] = autocast_dtype(input, target)
+        value: Tensor = _op.redispatch(keyset & below, input, target, *rest, **options)
+        return value
+
+    _library.impl("sigmoid_cross_entropy", kernel, key, with_keyset=True)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _register_autocast(_key)
+
+
+# vmap: one call of the kernel for the whole batch.
+
+
+@torch.library.register_vmap(_NAME)
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **options: Any) -> tuple[Tensor, int]:
+    # The batch dimension first, of size 1 where all samples share a tensor.
+    batched = [
+        None if tensor is None else tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims, strict=False)
+    ]
+    *arguments, count = (*batched, None, None, None)[:5]
+    assert arguments[0] is not None
+    sample = arguments[0].shape[1:]
+    is_sum = options.get("reduction") == "sum"
+    if is_sum:
+        options["reduction"] = "rows"  # a sample is a row of the batch
+    for place, tensor in enumerate(arguments):
+        if tensor is None:
+            continue
+        missing = (1,) * (len(sample) + 1 - tensor.dim())
+        aligned = tensor.reshape(len(tensor), *missing, *tensor.shape[1:])
+        if place < 2:
+            aligned = aligned.expand(info.batch_size, *aligned.shape[1:])
+        arguments[place] = aligned.expand(-1, *sample).reshape(len(aligned), -1) if is_sum else aligned
+    loss: Tensor = _op(*arguments, None, **options)
+    if count is not None:
+        loss = loss / count.reshape(-1, *(1,) * (loss.dim() - 1)).clamp(min=1)
+    return loss, 0
