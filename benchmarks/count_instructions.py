@@ -1,7 +1,7 @@
 """Count the instructions per element of the CUDA kernels' main loops, in the machine code; needs no GPU.
 
     python benchmarks/count_instructions.py                     # the extension as it is built
-    python benchmarks/count_instructions.py kernels.o --arch sm_90
+    python benchmarks/count_instructions.py sum.o elements.o --arch sm_90
 
 A kernel is bound by memory only if it can issue its instructions while the operands arrive. 132 multiprocessors (H200)
 that each issue 4 instructions for 32 threads per cycle, at 1.75 GHz, do 34 for each of the 8.6e11 elements per second
@@ -102,12 +102,14 @@ def main_loop(name: str, arch: str, code: list[tuple[int, str]]) -> Loop | None:
     return Loop(name, arch, -instructions, elements) if elements >= FEWEST else None
 
 
-def main_loops(binary: Path, arch: str | None = None) -> list[Loop]:
-    """The main loop of each kernel of an object file or library that has one."""
-    command = [cuobjdump(), "--dump-sass", *(["--gpu-architecture", arch] if arch else []), str(binary)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = [main_loop(*kernel) for kernel in kernels(listing)]
-    loops = [loop for loop in found if loop]
+def main_loops(binaries: list[Path], arch: str | None = None) -> list[Loop]:
+    """The main loop of each kernel of object files or libraries that has one."""
+    loops = []
+    for binary in binaries:
+        command = [cuobjdump(), "--dump-sass", *(["--gpu-architecture", arch] if arch else []), str(binary)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = [main_loop(*kernel) for kernel in kernels(listing)]
+        loops += [loop for loop in found if loop]
     for loop, name in zip(loops, demangled([loop.kernel for loop in loops]), strict=True):
         loop.kernel = name
     return loops
@@ -124,10 +126,12 @@ def built_extension() -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("binary", type=Path, nargs="?", help="object file or library (default: the built extension)")
+    parser.add_argument(
+        "binaries", type=Path, nargs="*", help="object files or libraries (default: the built extension)"
+    )
     parser.add_argument("--arch", help="as sm_90; default: all in the file")
     options = parser.parse_args(arguments)
-    loops = main_loops(options.binary or built_extension(), options.arch)
+    loops = main_loops(options.binaries or [built_extension()], options.arch)
     if not loops:
         print("no kernel with a loop over elements found", file=sys.stderr)
         return 1

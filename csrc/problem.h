@@ -62,6 +62,13 @@ FUSED_SCE_INLINE TwoPart<T> reciprocal(double divisor) {
   return {upper, lower};
 }
 
+// What divides the gradient and the sums, where `count` can be read.
+FUSED_SCE_INLINE double divisor_of(const Problem& problem) {
+  if (!problem.count) return problem.divisor;
+  const int64_t count = *problem.count;
+  return problem.divisor * double(count == 0 ? 1 : count);
+}
+
 // The storage position of element `index` of a strided operand.
 FUSED_SCE_INLINE int64_t offset_of(const Problem& problem, const Operand& operand, int64_t index) {
   int64_t offset = 0;

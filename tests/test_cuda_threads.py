@@ -7,14 +7,13 @@ import platform
 import re
 import shutil
 import subprocess
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import count_instructions
 import pytest
-
-from fused_sce import _library
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
@@ -49,9 +48,6 @@ def compile_object(source: Path, folder: Path, flags: list[str]) -> Path:
     return target
 
 
-@pytest.mark.skipif(
-    X86 and "avx2" not in _library.build_facts()["isas"].split(), reason="this processor has no fused multiply-add"
-)
 def test_every_thread_of_a_grid_as_the_cpu(tmp_path: Path) -> None:
     sanitizers = SANITIZERS if has_sanitizers(tmp_path) else []
     jobs = [(ROOT / "tests/cpp/cuda_threads.cpp", ["-O1", "-Wall", "-Wextra", *sanitizers])]
@@ -68,15 +64,21 @@ def test_every_thread_of_a_grid_as_the_cpu(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
+    if run.returncode == 77:
+        pytest.skip(f"this processor has no fused multiply-add: {run.stdout}")
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 @dataclass
 class Compiled:
-    object_file: Path
+    objects: list[Path]
     report: str
 
 
+# Kernels of one architecture, at most: 25 for sums (a sum with its gradient has 5 for float32 logits and 7 for each
+# 16-bit type, a sum alone 3, strided ones 3), 5 for elements, 6 for rows, 1 to scale. Every loss of its own multiplies
+# them, so csrc/cuda/choose.h says what each of them earns.
+MOST_KERNELS = 37
 ARCHS = ("75", "80", "90", "100", "120")
 
 
@@ -86,31 +88,55 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     compiler = nvcc()
     if compiler is None:
         pytest.skip("nvcc is not installed")
-    target = tmp_path_factory.mktemp("cuda") / "kernels.o"
-    run = subprocess.run(
-        [
-            compiler,
-            *["-O3", "-std=c++17", "--fmad=false", "--threads=0", "-Xptxas=-v"],
-            *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS],
-            # Only a warning otherwise, and the kernel that makes such a call is compiled to nothing.
-            "-Werror=cross-execution-space-call",
-            *["-c", ROOT / "csrc/cuda/kernels.cu", "-o", target],
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return Compiled(target, run.stdout + run.stderr)
+    folder = tmp_path_factory.mktemp("cuda")
+
+    def compile_all_archs(source: Path) -> tuple[Path, str]:
+        target = folder / f"{source.stem}.o"
+        run = subprocess.run(
+            [
+                compiler,
+                *["-O3", "-std=c++17", "--fmad=false", "--threads=0", "-Xptxas=-v"],
+                *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS],
+                # Only a warning otherwise, and the kernel that makes such a call is compiled to nothing.
+                "-Werror=cross-execution-space-call",
+                *["-c", source, "-o", target],
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        return target, run.stdout + run.stderr
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        compiled = list(pool.map(compile_all_archs, sorted((ROOT / "csrc/cuda").glob("*.cu"))))
+    return Compiled([target for target, _ in compiled], "".join(report for _, report in compiled))
 
 
 def test_kernels_compile_and_stay_in_registers(compiled: Compiled) -> None:
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.report)
-    archs = set(re.findall(r"for 'sm_(\d+)'", compiled.report))
-    assert archs == set(ARCHS), compiled.report
-    assert len(frames) > 80 * len(ARCHS), compiled.report
+    kernels = Counter(re.findall(r"Compiling entry function '\w+' for 'sm_(\d+)'", compiled.report))
+    assert set(kernels) == set(ARCHS), compiled.report
+    assert len(set(kernels.values())) == 1, kernels
+    assert max(kernels.values()) <= MOST_KERNELS, kernels
+    assert len(frames) >= sum(kernels.values()), compiled.report
     assert set(frames) == {("0", "0", "0")}, compiled.report
     assert "lmem" not in compiled.report, compiled.report
+
+
+# Logits, target, weights; elements of the loop; the bound on instructions per element. 34 for bfloat16 with uint8 and
+# 83 for float32 are what the memory of an H200 waits for, see count_instructions.py. Without weights 16 (8) elements
+# are two groups: several loads in flight. With weights they are one group, with and without pos_weight.
+HOT_LOOPS = [
+    ("BFloat16", "ByteTarget", "false", 16, 30),
+    ("BFloat16", "BFloat16", "false", 16, 27),
+    ("BFloat16", "float", "false", 16, 26),
+    ("float", "float", "false", 8, 75),
+    ("float", "ByteTarget", "false", 8, 78),
+    ("BFloat16", "ByteTarget", "true", 16, 29),
+    ("BFloat16", "BFloat16", "true", 16, 28),
+    ("float", "float", "true", 8, 68),
+]
 
 
 def test_instructions_per_element(compiled: Compiled) -> None:
@@ -118,14 +144,13 @@ def test_instructions_per_element(compiled: Compiled) -> None:
         count_instructions.cuobjdump()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    loops = {loop.kernel: loop for loop in count_instructions.main_loops(compiled.object_file, "sm_90")}
-    bytes_of_labels = [loop for name, loop in loops.items() if "<BFloat16, Label, false>, (Job)3" in name]
-    assert len(bytes_of_labels) == 1, list(loops)
-    assert bytes_of_labels[0].elements == 16  # two groups of eight: several loads in flight
-    assert bytes_of_labels[0].per_element < 30
-    floats = [loop for name, loop in loops.items() if "<float, float, false>, (Job)3" in name]
-    assert len(floats) == 1, list(loops)
-    assert floats[0].per_element < 80  # 83 is what the memory of an H200 waits for, see count_instructions.py
+    loops = {loop.kernel: loop for loop in count_instructions.main_loops(compiled.objects, "sm_90")}
+    for logits, target, is_weighted, elements, most in HOT_LOOPS:
+        sum_and_gradient = f"sum_kernel<ContiguousLoop<(Output)2, {logits}, {target}, {is_weighted}>"
+        found = [loop for name, loop in loops.items() if name.startswith(sum_and_gradient)]
+        assert len(found) == 1, (sum_and_gradient, list(loops))
+        assert found[0].elements == elements, found[0]
+        assert found[0].per_element < most, found[0]
 
 
 def test_main_loop_is_found_in_a_listing() -> None:

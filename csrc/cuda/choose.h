@@ -1,0 +1,75 @@
+// Which loop runs a problem: the only place where types become template arguments, and so where kernels multiply.
+//
+// Loops over contiguous memory exist for each type of logits that is computed in float. In double the arithmetic takes
+// so long that strides add little. Only for a sum with its gradient, which training asks for in every step, are there
+// loops for one type of target: float, the logits' own type, and bytes. They save 11 to 20 % of the instructions on
+// sm_90. Each of them exists with and without weights: without, a thread has the registers for a second group in
+// flight (and 4 % fewer instructions).
+#pragma once
+
+#include "contiguous.h"
+#include "strided.h"
+
+namespace fused_sce::cuda {
+
+// Calls `action` with the loop for a problem that is not contiguous, and with the problem as that loop reads it.
+template <bool kSum, class Action>
+void choose_strided_loop(const Problem& problem, Action&& action) {
+  const Problem strided = with_strides(problem);
+  if (problem.in_double) return action(StridedLoop<FullFormula<double>>{}, strided);
+  if constexpr (kSum) {
+    if (problem.logits.dtype != DType::Float32) return action(StridedLoop<Formula16Bit>{}, strided);
+  }
+  action(StridedLoop<FullFormula<float>>{}, strided);
+}
+
+// Calls `action` with a value of the logits' type, for a problem computed in float.
+template <class Action>
+void choose_logits(const Problem& problem, Action&& action) {
+  switch (problem.logits.dtype) {
+    case DType::BFloat16: return action(BFloat16{});
+    case DType::Float16: return action(Float16{});
+    default: return action(float{});
+  }
+}
+
+// Calls `action` with a loop for all elements of a problem, divided among `threads`.
+template <Output kOutput, class Action>
+void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
+  const bool is_weighted = problem.weight || problem.pos_weight;
+  if (!is_contiguous(problem) || (is_weighted && !has_fixed_weights(problem, threads))) {
+    return choose_strided_loop<makes_sum(kOutput)>(problem, action);
+  }
+  choose_logits(problem, [&](auto logits) {
+    using Logits = decltype(logits);
+    if constexpr (kOutput == Output::SumAndGradient) {
+      const auto with_target = [&](auto target) {
+        using Target = decltype(target);
+        return is_weighted ? action(ContiguousLoop<kOutput, Logits, Target, true>{}, problem)
+                           : action(ContiguousLoop<kOutput, Logits, Target, false>{}, problem);
+      };
+      // These loops may read 16-bit logits again when the gradient has already overwritten them.
+      const bool loses_logits = sizeof(Logits) == 2 && problem.gradient.data == problem.logits.data;
+      const DType target = problem.target.dtype;
+      if (!loses_logits) {
+        if (target == DType::Bool || target == DType::UInt8) return with_target(ByteTarget{});
+        if (target == DType::Float32) return with_target(float{});
+        if (target == problem.logits.dtype) return with_target(Logits{});
+      }
+    }
+    action(ContiguousLoop<kOutput, Logits, AnyTarget, true>{}, problem);
+  });
+}
+
+// Calls `action` with a loop for single rows. A thread's columns differ from group to group, so no weights stay in
+// registers.
+template <class Action>
+void choose_row_loop(const Problem& problem, Action&& action) {
+  if (!is_contiguous(problem) || problem.weight || problem.pos_weight)
+    return choose_strided_loop<true>(problem, action);
+  choose_logits(problem, [&](auto logits) {
+    action(ContiguousLoop<Output::Sum, decltype(logits), AnyTarget, false>{}, problem);
+  });
+}
+
+}  // namespace fused_sce::cuda

@@ -1,0 +1,90 @@
+// Which formula a kernel computes, and how it adds up losses.
+//
+// Both formulas do the arithmetic of the CPU kernels bit for bit, except for sums over 16-bit logits and the gradients
+// made with them: gpu16.h has a shorter formula for these.
+#pragma once
+
+#include <type_traits>
+
+#include "../formulas/gpu16.h"
+#include "../formulas/loss.h"
+
+namespace fused_sce::cuda {
+
+// What a loop over elements makes.
+enum class Output {
+  Elements,       // problem.loss and problem.gradient of each element, whichever is set
+  Sum,            // the sum of the losses
+  SumAndGradient  // that and problem.gradient
+};
+
+FUSED_SCE_INLINE constexpr bool makes_sum(Output output) { return output != Output::Elements; }
+
+FUSED_SCE_INLINE bool is_finite(double value) { return value - value == 0.0; }
+
+// loss.h for every type. The losses of a group are added in double. `scale` is the reciprocal of the divisor.
+template <class Computed>
+struct FullFormula {
+  using T = Computed;
+  using GroupSum = double;
+  static constexpr bool kSumMayOverflow = false;
+
+  template <bool kPosWeight>
+  FUSED_SCE_INLINE LossAndGradient<T> compute(T logit, T target, T pos_weight, TwoPart<T> scale) {
+    const LossAndGradient<T> result = sigmoid_cross_entropy<T, kPosWeight>(logit, target, pos_weight);
+    return {result.loss, mul_add(result.gradient, scale.lower, result.gradient * scale.upper)};
+  }
+};
+
+// gpu16.h for 16-bit logits. The losses of a group are added in float.
+struct Formula16Bit {
+  using T = float;
+  using GroupSum = float;
+  // The sum of a group is not finite for a NaN or infinite logit, or where it is too large for float. Then the group's
+  // losses are computed again, by loss.h where gpu16.h gives NaN, and added in double.
+  static constexpr bool kSumMayOverflow = true;
+
+  template <bool kPosWeight>
+  FUSED_SCE_INLINE LossAndGradient<float> compute(float logit, float target, float pos_weight, TwoPart<float> scale) {
+    const LossAndGradient<float> result = sigmoid_cross_entropy_16bit<kPosWeight>(logit, target, pos_weight);
+    return {result.loss, result.gradient * scale.upper};
+  }
+};
+
+// The sum of the losses of a group, element by element.
+template <class Formula>
+class GroupSum {
+ public:
+  // `loss`: by Formula::compute(), before it is multiplied by the weight.
+  FUSED_SCE_HOST_DEVICE void add(
+      typename Formula::T loss,
+      typename Formula::T logit,
+      typename Formula::T target,
+      typename Formula::T weight,
+      typename Formula::T pos_weight,
+      bool has_pos_weight) {
+    sum_ += typename Formula::GroupSum(loss * weight);
+    if constexpr (Formula::kSumMayOverflow) {
+      if (loss != loss) {
+        loss = has_pos_weight ? sigmoid_cross_entropy<float, true>(logit, target, pos_weight).loss
+                              : sigmoid_cross_entropy<float, false>(logit, target, pos_weight).loss;
+      }
+      recomputed_ += double(loss * weight);
+    }
+  }
+
+  FUSED_SCE_HOST_DEVICE double value() const {
+    return Formula::kSumMayOverflow && !is_finite(sum_) ? recomputed_ : double(sum_);
+  }
+
+ private:
+  typename Formula::GroupSum sum_ = 0;
+  double recomputed_ = 0.0;
+};
+
+// Losses and gradients of single elements are the CPU's bits, because a loss of 16-bit logits may be wanted in float32.
+template <class Logits, Output kOutput>
+using FormulaOf =
+    std::conditional_t<makes_sum(kOutput) && !std::is_same<Logits, float>::value, Formula16Bit, FullFormula<float>>;
+
+}  // namespace fused_sce::cuda
