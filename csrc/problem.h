@@ -44,7 +44,7 @@ struct Problem {
   Operand target;
   Operand weight;      // of the type computed in
   Operand pos_weight;  // of the type computed in
-  Operand upstream;
+  Operand upstream;    // of the type computed in, or of that of the logits
   double divisor = 1.0;
   const int64_t* count = nullptr;  // where the kernel runs: divides as well, 0 as if it were 1; null: absent
 

@@ -1,6 +1,6 @@
-// What one thread does for contiguous logits and targets, computed in float: in registers, with wide loads and several
-// of them in flight. Plain host-device functions of the thread's index, which tests/cpp/cuda_threads.cpp runs for every
-// thread of a grid on a CPU. No CUDA header.
+// What one thread does for contiguous logits and targets, computed in float: all in registers, with wide loads and
+// several of them in flight. Plain host-device functions of the thread's index, which tests/cpp/cuda_threads.cpp runs
+// for every thread of a grid on a CPU. No CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +25,11 @@ struct ContiguousLoop {
   // Groups of a thread that are loaded before the first of them is used. Weights take the registers of a second one.
   static constexpr int kInFlight = kMayBeWeighted || kAnyTarget ? 1 : 2;
 
-  // Sums that are not finite are computed again (formula.h: kSumMayOverflow). Either each group is checked before its
-  // gradient is stored, which may overwrite the logits; or all groups of the thread are checked at once, which saves 5
-  // to 8 % of the instructions, but reads logits again after the gradient has been stored.
-  static constexpr bool kChecksEachGroup = kAnyTarget && Formula::kSumMayOverflow;
+  // Sums that are not finite are computed again (formula.h: kRecomputesNonFinite). With AnyTarget each group is checked
+  // before its gradient is stored, which may overwrite the logits. Otherwise all groups of the thread are checked at
+  // once, which saves 6 % of the instructions (bfloat16 logits, uint8 targets, sm_90) but reads logits again after the
+  // gradient has been stored.
+  static constexpr bool kChecksEachGroup = kAnyTarget && Formula::kRecomputesNonFinite;
   static constexpr int kMinBlocks = kChecksEachGroup ? 3 : 4;  // launch.h
 
   // Makes the output for a thread's range of elements; returns the sum of their losses if that is part of the output.
@@ -56,7 +57,7 @@ struct ContiguousLoop {
       const bool wide = is_aligned && count == kGroup;
       sum += compute_and_store(problem, scale, weights, load(problem, i, count, wide), i, count, wide);
     }
-    if constexpr (makes_sum(kOutput) && Formula::kSumMayOverflow && !kChecksEachGroup) {
+    if constexpr (makes_sum(kOutput) && Formula::kRecomputesNonFinite && !kChecksEachGroup) {
       if (!is_finite(sum)) {
         sum = 0.0;
         for (i = range.first(kGroup); i < range.end; i += stride) {
@@ -126,8 +127,8 @@ struct ContiguousLoop {
     convert(problem, group.target, target);
     double sum = 0.0;
     if constexpr (kOutput == Output::Elements) {
-      // One after the other: on sm_90 four float32 losses take about 170 instructions, their gradients 130, both
-      // together 240; and hardly anyone asks for both.
+      // One after the other, because the op layer asks for one of them at a time: on sm_90 four float32 losses take 170
+      // instructions, their gradients 130, and both together 240.
       if (problem.loss) {
         compute(problem, scale, weights, group.logits, target, loss, gradient);
         store_group(problem.loss, i, count, loss);
@@ -137,12 +138,12 @@ struct ContiguousLoop {
       if (problem.upstream) multiply_by_upstream(problem, i, count, gradient);
     } else {
       compute(problem, scale, weights, group.logits, target, loss, gradient);
-      typename Formula::GroupSum group_sum = 0;
+      typename Formula::Accumulator group_sum = 0;
       FUSED_SCE_UNROLL
-      for (int k = 0; k < kGroup; ++k) group_sum += k < count ? typename Formula::GroupSum(loss[k]) : 0;
+      for (int k = 0; k < kGroup; ++k) group_sum += k < count ? typename Formula::Accumulator(loss[k]) : 0;
       sum = double(group_sum);
       if constexpr (kChecksEachGroup) {
-        if (!is_finite(sum)) sum = recomputed_sum(problem, i, count);
+        if (!is_finite(group_sum)) sum = recomputed_sum(problem, i, count);
       }
     }
     if constexpr (kOutput != Output::Sum) {
@@ -192,8 +193,7 @@ struct ContiguousLoop {
     }
   }
 
-  // The sum of the losses of a group again, from memory and in as little code as possible: as it was if it was finite,
-  // else in double and without the formula's NaN for infinite logits.
+  // The sum of the losses of a group again, from memory and in as little code as possible.
   FUSED_SCE_INLINE double recomputed_sum(const Problem& problem, int64_t begin, int count) {
     const int last = problem.ndim - 1;
     const bool has_pos_weight = kMayBeWeighted && problem.pos_weight;

@@ -20,14 +20,17 @@ enum class Output {
 
 FUSED_SCE_INLINE constexpr bool makes_sum(Output output) { return output != Output::Elements; }
 
-FUSED_SCE_INLINE bool is_finite(double value) { return value - value == 0.0; }
+template <class T>
+FUSED_SCE_INLINE bool is_finite(T value) {
+  return value - value == T(0);
+}
 
 // loss.h for every type. The losses of a group are added in double. `scale` is the reciprocal of the divisor.
 template <class Computed>
 struct FullFormula {
   using T = Computed;
-  using GroupSum = double;
-  static constexpr bool kSumMayOverflow = false;
+  using Accumulator = double;
+  static constexpr bool kRecomputesNonFinite = false;
 
   template <bool kPosWeight>
   FUSED_SCE_INLINE LossAndGradient<T> compute(T logit, T target, T pos_weight, TwoPart<T> scale) {
@@ -39,10 +42,10 @@ struct FullFormula {
 // gpu16.h for 16-bit logits. The losses of a group are added in float.
 struct Formula16Bit {
   using T = float;
-  using GroupSum = float;
+  using Accumulator = float;
   // The sum of a group is not finite for a NaN or infinite logit, or where it is too large for float. Then the group's
   // losses are computed again, by loss.h where gpu16.h gives NaN, and added in double.
-  static constexpr bool kSumMayOverflow = true;
+  static constexpr bool kRecomputesNonFinite = true;
 
   template <bool kPosWeight>
   FUSED_SCE_INLINE LossAndGradient<float> compute(float logit, float target, float pos_weight, TwoPart<float> scale) {
@@ -51,7 +54,7 @@ struct Formula16Bit {
   }
 };
 
-// The sum of the losses of a group, element by element.
+// The sum of the losses of a group, added element by element.
 template <class Formula>
 class GroupSum {
  public:
@@ -63,8 +66,8 @@ class GroupSum {
       typename Formula::T weight,
       typename Formula::T pos_weight,
       bool has_pos_weight) {
-    sum_ += typename Formula::GroupSum(loss * weight);
-    if constexpr (Formula::kSumMayOverflow) {
+    sum_ += typename Formula::Accumulator(loss * weight);
+    if constexpr (Formula::kRecomputesNonFinite) {
       if (loss != loss) {
         loss = has_pos_weight ? sigmoid_cross_entropy<float, true>(logit, target, pos_weight).loss
                               : sigmoid_cross_entropy<float, false>(logit, target, pos_weight).loss;
@@ -74,11 +77,11 @@ class GroupSum {
   }
 
   FUSED_SCE_HOST_DEVICE double value() const {
-    return Formula::kSumMayOverflow && !is_finite(sum_) ? recomputed_ : double(sum_);
+    return Formula::kRecomputesNonFinite && !is_finite(sum_) ? recomputed_ : double(sum_);
   }
 
  private:
-  typename Formula::GroupSum sum_ = 0;
+  typename Formula::Accumulator sum_ = 0;
   double recomputed_ = 0.0;
 };
 
