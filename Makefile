@@ -78,7 +78,7 @@ bench: setup  ## Compare the losses' speed and check the promised ratios, result
 
 # With the torch that is there, .venv's if there is one: nothing is installed.
 gpu-check:  ## Prove the CUDA kernels on the GPU of this machine (nine minutes), report in OUT=output/gpu
-	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_check.py $(OUT)
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/gpu_check.py $(OUT)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

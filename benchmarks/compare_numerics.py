@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from compare_losses import Loss, naive
 from torch import Tensor, nn
-from ulp import exact_binary, ulp_distance
 
 import fused_sce
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+from ulp import exact_binary, ulp_distance
 
 BATCH = 2_000_000
 

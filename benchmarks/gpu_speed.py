@@ -28,11 +28,13 @@ from pathlib import Path
 import torch
 from compare_losses import Loss, naive
 from cpu_speed import Line, Result, check, show
-from launches import launches_of
 from measure import MIN_ROUNDS, WARM_UP, environment
 from torch import Tensor, nn
 
 import fused_sce
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+from launches import launches_of
 
 Candidates = dict[str, Callable[[], object]]
 

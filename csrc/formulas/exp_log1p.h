@@ -11,7 +11,7 @@
 
 namespace fused_sce {
 
-// Constants of exp(-|x|) and log1p(e) for one type. The polynomials are minimax fits, printed by fit_polynomials.py.
+// Constants of exp(-|x|) and log1p(e) for one type. The polynomials are minimax fits, printed by tools/fit_polynomials.py.
 template <class T>
 struct Constants;
 

@@ -1,6 +1,6 @@
 """Fit the minimax polynomials of csrc/formulas and print them as C++ initialisers.
 
-    python csrc/fit_polynomials.py
+    python tools/fit_polynomials.py
 
 Fitted with the Remez exchange algorithm (E. Remez, 1934) in 60-digit arithmetic, the error weighted so that it is
 relative to the function the kernel returns:
@@ -29,7 +29,7 @@ def remez(function: Function, weight: Function, low: mpf, high: mpf, powers: lis
     """Coefficients of x**powers minimising max |function - p| * weight on [low, high], and that maximum."""
     count = len(powers) + 1
     nodes = [(low + high) / 2 - (high - low) / 2 * mp.cos(mp.pi * (2 * k + 1) / (2 * count)) for k in range(count)]
-    grid = [low + (high - low) * mpf(k) / 2000 for k in range(2001)]
+    points = grid(low, high)
     coefficients: list[mpf] = []
     worst = mpf(0)
     for _ in range(12):
@@ -44,11 +44,11 @@ def remez(function: Function, weight: Function, low: mpf, high: mpf, powers: lis
         coefficients = [solution[k] for k in range(count - 1)]
         levelled = abs(solution[count - 1])
 
-        errors = [(function(x) - evaluate(coefficients, powers, x)) * weight(x) for x in grid]
+        errors = [(function(x) - evaluate(coefficients, powers, x)) * weight(x) for x in points]
         worst = max(abs(error) for error in errors)
         # One extremum of the error in each run of equal sign becomes a node of the next round.
         extrema: list[tuple[mpf, mpf]] = []
-        for x, error in zip(grid, errors, strict=True):
+        for x, error in zip(points, errors, strict=True):
             if extrema and (error >= 0) == (extrema[-1][1] >= 0):
                 if abs(error) > abs(extrema[-1][1]):
                     extrema[-1] = (x, error)
@@ -60,6 +60,11 @@ def remez(function: Function, weight: Function, low: mpf, high: mpf, powers: lis
             break
         nodes = [x for x, _ in extrema]
     return coefficients, worst
+
+
+def grid(low: mpf, high: mpf) -> list[mpf]:
+    """Where errors are looked at: 2001 points, evenly spaced."""
+    return [low + (high - low) * mpf(k) / 2000 for k in range(2001)]
 
 
 def evaluate(coefficients: list[mpf], powers: list[int], x: mpf) -> mpf:
@@ -91,9 +96,8 @@ def remez_rounded(
                 fixed += [+c for c in rest]
                 break
             fixed.append(+rest[0])
-    grid = [low + (high - low) * mpf(k) / 2000 for k in range(2001)]
     powers = list(range(degree + 1))
-    return fixed, max(abs((function(x) - evaluate(fixed, powers, x)) * weight(x)) for x in grid)
+    return fixed, max(abs((function(x) - evaluate(fixed, powers, x)) * weight(x)) for x in grid(low, high))
 
 
 def exp_tail(r: mpf) -> mpf:

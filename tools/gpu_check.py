@@ -1,6 +1,6 @@
 """Prove the CUDA kernels on the GPU of this machine: build, test, sanitize, measure.
 
-    make gpu-check OUT=output/gpu            # or: python benchmarks/gpu_check.py output/gpu
+    make gpu-check OUT=output/gpu            # or: python tools/gpu_check.py output/gpu
 
 Needs an NVIDIA GPU, its toolkit (nvcc, compute-sanitizer), torch 2.11 or newer with ninja, pytest, mpmath, numpy and
 matplotlib; no network. The extension is built in place for the GPUs at hand; then the GPU-marked tests run, and beside
@@ -40,7 +40,6 @@ BUDGET = 540.0  # seconds for all steps: nine minutes
 BENCHMARK = 110.0
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OTHER_TESTS = ("example", "recipes", "heads")  # about models: they need more packages, and no GPU
-
 
 Report = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Count the instructions per element of the CUDA kernels' main loops, in the machine code; needs no GPU.
 
-    python benchmarks/count_instructions.py                     # the extension as it is built
-    python benchmarks/count_instructions.py sum.o elements.o --arch sm_90
+    python tools/count_instructions.py                     # the extension as it is built
+    python tools/count_instructions.py sum.o elements.o --arch sm_90
 
 A kernel is bound by memory only if it can issue its instructions while the operands arrive. 132 multiprocessors (H200)
 that each issue 4 instructions for 32 threads per cycle, at 1.75 GHz, do 34 for each of the 8.6e11 elements per second
