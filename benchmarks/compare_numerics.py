@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = [Numerics(name, x_all.numel()) for name in losses()]
     for x in x_all.split(BATCH):
         for target in (0.0, 1.0):
-            exact_loss, exact_gradient = exact_binary(x, target)
+            exact_loss, exact_gradient = exact_binary(x.double(), target)
             for row in table:
                 leaf = x.clone().requires_grad_()
                 loss = losses()[row.loss](leaf, torch.full_like(x, target))
