@@ -1,4 +1,4 @@
-// Element types as the kernels see them: a tag for the interface, storage structs for the 16-bit types, conversions.
+// Element types of the kernels: a tag for the interface, storage structs, conversions.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace fused_sce {
 
 enum class DType : int8_t { Float32, Float64, BFloat16, Float16, Bool, UInt8, Int8, Int16, Int32, Int64 };
 
-// Storage only; arithmetic is done in float.
+// Storage only: arithmetic is in float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -27,21 +27,21 @@ struct Bool {
 
 FUSED_SCE_INLINE float to_float(BFloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
 
-// Branch-free, so that loops over it become vector code; subnormals and NaN kept.
+// Exact, for subnormals and NaN too. Branch-free, so that compilers vectorise loops over it.
 FUSED_SCE_INLINE float to_float(Float16 value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(value.bits & 0x7fffu) << 13;
-  // The exponent sits right for a bias of 127 after a multiplication by 2^112, exact for subnormals too.
+  // The multiplication by 2^112 = 2^(127 - 15) changes the exponent's bias. It is exact, and normalises subnormals.
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude | 0x7f800000u;
   return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? special : finite));
 #endif
 }
 
-// The nearest value, ties to even; what is too large becomes inf, NaN stays NaN (quiet).
+// The nearest value, ties to even. Too large a value gives inf, NaN gives a quiet NaN.
 FUSED_SCE_INLINE BFloat16 to_bfloat16(float value) {
 #if defined(__CUDA_ARCH__)
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
@@ -53,6 +53,7 @@ FUSED_SCE_INLINE BFloat16 to_bfloat16(float value) {
 #endif
 }
 
+// As to_bfloat16.
 FUSED_SCE_INLINE Float16 to_float16(float value) {
 #if defined(__CUDA_ARCH__)
   return {__half_as_ushort(__float2half_rn(value))};
@@ -60,9 +61,9 @@ FUSED_SCE_INLINE Float16 to_float16(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal results: subtract the bias difference (112) and round to 10 mantissa bits by integer addition.
+  // Normal results: subtract 112 from the exponent, then round to 10 mantissa bits by an integer addition.
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Results below 2^-14: adding 0.5 puts the wanted bits at the bottom of the sum, rounded by the addition itself.
+  // Results below 2^-14: the addition of 0.5 rounds, and leaves the result in the low bits of the sum.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
@@ -71,7 +72,7 @@ FUSED_SCE_INLINE Float16 to_float16(float value) {
 #endif
 }
 
-// One element of any type to the type computed in (float or double), and back.
+// Converts one element of any type to the type computed in (float or double).
 template <class T, class From>
 FUSED_SCE_INLINE T load_as(From value) {
   return T(value);
@@ -89,7 +90,8 @@ FUSED_SCE_INLINE T load_as(Bool value) {
   return value.byte ? T(1) : T(0);
 }
 
-// A double goes to 16 bits through float: two roundings, which differ from one in about one of 2^13 values by one step.
+// Converts a result to the type it is stored in. A double becomes 16 bits through float: it is rounded twice, which for
+// about one of 2^13 values gives the neighbour of the nearest value.
 template <class To>
 struct StoreAs;
 template <>
@@ -115,7 +117,7 @@ struct StoreAs<Float16> {
 
 // Calls `action` with a value of the storage type that `dtype` names.
 #if defined(__CUDACC__)
-#pragma nv_exec_check_disable  // action may be the host's; a kernel's is checked where it is written
+#pragma nv_exec_check_disable  // `action` may be a host function
 #endif
 template <class Action>
 FUSED_SCE_INLINE void visit(DType dtype, Action&& action) {
@@ -133,7 +135,7 @@ FUSED_SCE_INLINE void visit(DType dtype, Action&& action) {
   }
 }
 
-// The same for the types a result may have.
+// As visit, for the types of results.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif

@@ -3,13 +3,13 @@
     python tools/count_instructions.py                     # the extension as it is built
     python tools/count_instructions.py sum.o elements.o --arch sm_90
 
-A kernel is bound by memory only if it can issue its instructions while the operands arrive. 132 multiprocessors (H200)
-that each issue 4 instructions for 32 threads per cycle, at 1.75 GHz, do 34 for each of the 8.6e11 elements per second
-that 4.3 TB/s bring of bfloat16 logits, uint8 targets and bfloat16 gradients (5 bytes), and 83 for float32 (12 bytes).
+Memory bounds a kernel only if the kernel can issue its instructions while the operands arrive. 132 multiprocessors
+(H200) issue 4 instructions for 32 threads in each cycle. At 1.75 GHz these are 34 per element of bfloat16 logits, uint8
+targets and bfloat16 gradients (5 bytes, so that 4.3 TB/s bring 8.6e11 elements per second), and 83 for float32 (12).
 
-Listed are kernels that make a gradient. Each of their elements asks the special-function unit for one reciprocal
-(MUFU.RCP), which counts the elements of a loop; the main loop is the one with the most. Instructions of a branch that
-is seldom taken, and lies inside of the loop, are counted too.
+Lists the kernels that make a gradient. Each element needs one reciprocal of the special-function unit (MUFU.RCP), so
+these count the elements of a loop. The main loop is the one with the most. Instructions of a rarely taken branch inside
+the loop are counted too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Loop:
 
 
 def cuobjdump() -> str:
-    """NVIDIA's disassembler: of the CUDA toolkit, or of the Triton package that comes with torch."""
+    """The path of NVIDIA's disassembler, from the CUDA toolkit or from the Triton package that torch installs."""
     found = shutil.which("cuobjdump")
     if found:
         return found
@@ -60,7 +60,7 @@ def cuobjdump() -> str:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """C++ names as they are written, without their arguments; as they are if there is no c++filt."""
+    """Demangled C++ names without their arguments; unchanged if there is no c++filt."""
     tool = shutil.which("c++filt")
     if not tool:
         return names

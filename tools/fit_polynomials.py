@@ -2,16 +2,16 @@
 
     python tools/fit_polynomials.py
 
-Fitted with the Remez exchange algorithm (E. Remez, 1934) in 60-digit arithmetic, the error weighted so that it is
-relative to the function the kernel returns:
+The fit is the Remez exchange algorithm (E. Remez, 1934) in 60-digit arithmetic. It minimises the error relative to the
+whole function:
 
 * exp(r) = 1 + r + r^2 q(r)         on |r| <= ln(2)/2, error relative to exp(r);
 * log1p(e) = e - e^2 / 2 + e^3 q(e) on [0, 1],         error relative to log1p(e);
 * log1p(e) = e + e^2 q(e)           on [0, 1],         error relative to log1p(e), for 16-bit logits on a GPU.
 
-The first two are for float and for double, of the smallest degree whose error stays below an eighth of the type's
-rounding error, so that the polynomial never decides the last bit. The third is of the smallest degree whose error stays
-below that rounding error itself.
+The first two exist for float and for double. Their degree is the smallest whose error stays below an eighth of the
+type's rounding error, so the polynomial hardly affects the last bit. The degree of the third is the smallest whose
+error stays below the rounding error itself.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def remez(function: Function, weight: Function, low: mpf, high: mpf, powers: lis
 
 
 def grid(low: mpf, high: mpf) -> list[mpf]:
-    """Where errors are looked at: 2001 points, evenly spaced."""
+    """The 2001 evenly spaced points at which errors are measured."""
     return [low + (high - low) * mpf(k) / 2000 for k in range(2001)]
 
 
@@ -75,11 +75,11 @@ def evaluate(coefficients: list[mpf], powers: list[int], x: mpf) -> mpf:
 def remez_rounded(
     function: Function, weight: Function, low: mpf, high: mpf, degree: int, first: mpf, bits: int, in_turn: int
 ) -> tuple[list[mpf], mpf]:
-    """The same with coefficients of `bits` bits, the constant one given.
+    """As remez, for powers 0 to `degree`, with coefficients rounded to `bits` bits; `first` is the constant one.
 
-    The first `in_turn` are rounded one after the other, the rest fitted anew each time: rounding all of them after one
-    fit would add half a unit of each, more than the polynomial's own error. The higher ones are small, and so is what
-    rounding them changes.
+    The first `in_turn` coefficients are rounded one after the other, and the rest is fitted anew each time. Rounding
+    all of them after one fit would add more than the polynomial's own error. The higher ones are so small that their
+    rounding does not matter.
     """
     fixed = [first]
     while True:

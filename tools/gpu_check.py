@@ -3,9 +3,10 @@
     make gpu-check OUT=output/gpu            # or: python tools/gpu_check.py output/gpu
 
 Needs an NVIDIA GPU, its toolkit (nvcc, compute-sanitizer), torch 2.11 or newer with ninja, pytest, mpmath, numpy and
-matplotlib; no network. The extension is built in place for the GPUs at hand; then the GPU-marked tests run, and beside
-them one small run of every kernel under each of compute-sanitizer's tools; then, alone on the machine, the benchmark. A
-step that fails does not stop the others. Writes into the folder, which is made if need be:
+matplotlib; no network. First the extension is built in place for the GPUs of the machine. Then the GPU-marked tests run
+and, at the same time, every kernel once under each of compute-sanitizer's tools. Last the benchmark runs alone. After a
+failed build nothing else runs; any other failure stops no other step. Writes into the folder, which is created if
+necessary:
 
     gpu_CARD_DATE.md      one page: what held and what did not
     gpu_CARD_DATE.json    the same for programs, with every measured time
@@ -35,11 +36,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-BUDGET = 540.0  # seconds for all steps: nine minutes
-# What is kept for the benchmark: four groups of 6 seconds, and torch.compile at work before the first.
+BUDGET = 540.0  # seconds for all steps
+# Seconds reserved for the benchmark: four groups of 6 seconds, and torch.compile before the first.
 BENCHMARK = 110.0
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OTHER_TESTS = ("example", "recipes", "heads")  # about models: they need more packages, and no GPU
+OTHER_TESTS = ("example", "recipes", "heads")  # they test models: more packages, no GPU
 
 Report = dict[str, Any]
 
@@ -74,7 +75,7 @@ def run(step: Step, limit: float) -> Outcome:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     try:
-        # In a group of its own, so that what the step started can be stopped with it.
+        # In a process group of its own, so that the step's children are killed with it.
         process = subprocess.Popen(
             step.command,
             cwd=ROOT,
@@ -98,13 +99,13 @@ def run(step: Step, limit: float) -> Outcome:
 
 
 def build() -> Step:
-    """Compile the extension in place, with the kernels or not at all."""
+    """Compile the extension in place; fails if the CUDA kernels cannot be compiled."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     return Step("build", ["env", "FUSED_SCE_CUDA=1", "NVCC_APPEND_FLAGS=--split-compile=0", *command])
 
 
 def checks(out: Path) -> list[Step]:
-    """What may run at the same time: the self-check, the tests, and the sanitizers."""
+    """The steps that run at the same time: the self-check, the tests, and the sanitizers."""
     files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
     ignored = [f"--ignore=tests/{name}" for name in files if any(other in name for other in OTHER_TESTS)]
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
@@ -131,7 +132,7 @@ def benchmark(out: Path) -> Step:
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer, on the path or in the toolkit."""
+    """The path of compute-sanitizer, in the toolkit or on PATH."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     for place in filter(None, homes):
         if (Path(place) / "bin/compute-sanitizer").exists():
@@ -140,7 +141,7 @@ def find_sanitizer() -> str | None:
 
 
 def gpu_facts() -> dict[str, str]:
-    """The GPU and the versions, asked in another process: this one needs no torch."""
+    """The GPU and the versions, from a process of its own: this program runs without torch."""
     code = (
         "import json, torch; p = torch.cuda.get_device_properties(0); print(json.dumps({'card': p.name, "
         "'memory': f'{p.total_memory / 2**30:.0f} GiB', 'multiprocessors': str(p.multi_processor_count), "
@@ -153,7 +154,7 @@ def gpu_facts() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is checked out, if git says one."""
+    """The commit that is checked out, or "unknown"."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -164,9 +165,9 @@ def commit() -> str:
 
 
 def read_tests(junit: Path) -> tuple[dict[str, int], list[str]]:
-    """Of a JUnit file the number of tests, failures, errors and skipped, and the names that did not pass.
+    """From a JUnit file the numbers of tests, failures, errors and skipped, and the names of failed tests.
 
-    Both empty if there is none, or a part of one.
+    Both are empty if the file is missing or incomplete.
     """
     try:
         root = ElementTree.parse(junit).getroot()
@@ -185,7 +186,7 @@ def read_tests(junit: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def read_speed(path: Path) -> dict[str, Any]:
-    """What the benchmark wrote; empty if nothing, or not all of it."""
+    """The benchmark's results; empty if the file is missing or incomplete."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
@@ -219,7 +220,7 @@ def summary(report: Report, outcomes: list[Outcome]) -> str:
 
 
 def write_log(path: Path, outcomes: list[Outcome]) -> None:
-    """All output, step by step."""
+    """Write the output of every step."""
     with path.open("w") as log:
         for outcome in outcomes:
             log.write(f"==== {outcome.name}: {'held' if outcome.held else 'DID NOT HOLD'} {outcome.note}\n")
@@ -227,7 +228,7 @@ def write_log(path: Path, outcomes: list[Outcome]) -> None:
 
 
 def run_all(out: Path, budget: float) -> list[Outcome]:
-    """Every step, as far as the time goes."""
+    """Run every step within `budget` seconds."""
     end = time.monotonic() + budget
 
     def left(reserved: float = 0.0) -> float:
@@ -237,7 +238,7 @@ def run_all(out: Path, budget: float) -> list[Outcome]:
     report_progress(outcomes[0])
     steps = checks(out)
     if outcomes[0].held:
-        # At the same time: each waits for its Python for the most part. The benchmark then has the GPU for itself.
+        # At the same time, because each spends most of its time in Python on the CPU.
         with ThreadPoolExecutor(max_workers=len(steps)) as pool:
             limit = left(BENCHMARK)
             for outcome in pool.map(lambda step: run(step, limit), steps):
@@ -252,7 +253,7 @@ def run_all(out: Path, budget: float) -> list[Outcome]:
 
 
 def report_progress(outcome: Outcome) -> None:
-    """Say how a step ended, and the end of its output if it failed."""
+    """Print how a step ended, and the last lines of its output if it failed."""
     print(f"{outcome.name:28}{'held' if outcome.held else 'DID NOT HOLD':14}{outcome.seconds:6.0f} s  {outcome.note}")
     if not outcome.held:
         for line in outcome.output.strip().splitlines()[-15:]:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-CALLS = 4  # so that a kernel of something else, once, is seen as a fraction
+CALLS = 4  # a kernel that does not belong to every call makes the average a fraction
 
 
 def launches_of(call: Callable[[], object]) -> float:
-    """Kernels launched by one call, on average over CALLS of them: copies and fills by the driver are not counted."""
+    """Kernels launched per call, the average of CALLS calls. The driver's copies and fills are not counted."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()

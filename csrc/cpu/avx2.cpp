@@ -1,4 +1,4 @@
-// The CPU kernels for x86-64 processors with AVX2 and fused multiply-add (2013 and later).
+// The CPU kernels for x86-64 processors with AVX2 and fused multiply-add (from 2013 on).
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstdint>

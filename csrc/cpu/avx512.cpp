@@ -5,7 +5,7 @@
 #include <cstring>
 
 #define FUSED_SCE_HAS_FMA 1
-// GCC would otherwise use half of each register.
+// prefer-vector-width: GCC would otherwise use 256 of the 512 bits.
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2"))), apply_to = function)

@@ -1,4 +1,4 @@
-// Which instruction set runs, decided once per process.
+// Chooses the instruction set, once per process.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -22,7 +22,7 @@ extern const Kernels kKernels;
 
 namespace {
 
-// Best first.
+// The kernels that this processor can run, best first.
 const std::vector<const Kernels*>& runnable() {
   static const std::vector<const Kernels*> list = [] {
     std::vector<const Kernels*> found;

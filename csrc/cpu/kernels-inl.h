@@ -1,16 +1,16 @@
-// The CPU kernels, compiled once per instruction set: the including file names it (FUSED_SCE_ISA) and opens the
-// compiler's target region. No standard header may be included here for the first time: its inline functions would be
-// compiled for that instruction set and could be linked into code for machines without it.
+// The CPU kernels, compiled once per instruction set: the including file defines FUSED_SCE_ISA and opens the compiler's
+// target region. Do not include a standard header here for the first time: the compiler would build its inline
+// functions for that instruction set, and the linker could use them on machines without it.
 //
-// A range of elements is worked off in blocks of kBlock: operands that are not already an array of the computing type
-// are gathered into buffers, one loop over plain arrays computes loss and gradient (the compiler vectorises it; there
-// are no intrinsics), and results that are not of the computing type are scattered. So types, strides and broadcasting
-// cost one small loop each, and there is one formula loop instead of one per combination.
+// Elements are processed in blocks of kBlock. Operands that are not arrays of the computing type are gathered into
+// buffers, loops over plain arrays compute loss and gradient (the compiler vectorises them; there are no intrinsics),
+// and results of another type are scattered. So every type, stride and broadcast costs one small loop, and the formula
+// is compiled once, not once per combination.
 
 namespace fused_sce::cpu::FUSED_SCE_ISA {
 namespace {
 
-// Copies one run of `count` elements, `stride` apart, to the type computed in.
+// Converts `count` elements, `stride` apart, to the computing type.
 template <class T, class From>
 void copy_run(const From* from, int64_t stride, int64_t count, T* to) {
   if (stride == 1) {
@@ -34,7 +34,7 @@ struct DTypeOf<double> {
   static constexpr DType value = DType::Float64;
 };
 
-// Elements [begin, begin + count) of an operand as an array of T: in place where it is one already, else in `buffer`.
+// Elements [begin, begin + count) of an operand as an array of T: the operand itself if it is one, else `buffer`.
 template <class T>
 const T* gather(const Problem& problem, const Operand& operand, int64_t begin, int64_t count, T* buffer) {
   if (operand.contiguous && operand.dtype == DTypeOf<T>::value) return static_cast<const T*>(operand.data) + begin;
@@ -69,10 +69,10 @@ void scatter(const Result& result, int64_t begin, int64_t count, const T* values
   });
 }
 
-// Where the elements of an operand lie that come after the present block.
+// The memory of an operand's next block, to be prefetched.
 struct Upcoming {
   const char* data;
-  int64_t element_size;  // 0: nowhere to be foretold
+  int64_t element_size;  // 0: unknown, prefetch nothing
 };
 
 Upcoming upcoming(const Problem& problem, const Operand& operand, int64_t begin) {
@@ -82,16 +82,17 @@ Upcoming upcoming(const Problem& problem, const Operand& operand, int64_t begin)
   return {static_cast<const char*>(operand.data) + begin * size, size};
 }
 
-// Elements between two looks ahead.
-constexpr int64_t kStretch = 64;
+// Elements prefetched at a time: 64 of them fill as many cache lines of 64 bytes as one element has bytes.
+constexpr int64_t kPrefetchStep = 64;
 
-// Asks for elements [first, first + kStretch) of what comes: as many cache lines of 64 bytes as an element has bytes.
+// Prefetches elements [first, first + kPrefetchStep) of the next block.
 FUSED_SCE_INLINE void fetch(Upcoming upcoming, int64_t first) {
   for (int64_t line = 0; line < upcoming.element_size; ++line) {
     __builtin_prefetch(upcoming.data + first * upcoming.element_size + line * 64);
   }
 }
 
+// The third loop of `compute`, over exp(-|x|) = upper + lower.
 template <class T, bool kPosWeight, bool kLoss, bool kGradient>
 FUSED_SCE_INLINE void loss_and_gradient(
     int64_t count,
@@ -111,18 +112,16 @@ FUSED_SCE_INLINE void loss_and_gradient(
   }
 }
 
-// The formula over arrays of at most kBlock elements. Loss and gradient may not overlap the inputs.
+// The formula over arrays of at most kBlock elements. The results must not overlap the inputs.
 //
-// In three loops on purpose. A processor works ahead only as far as its window of waiting instructions reaches. One
-// loop over the whole formula is a chain of more than 100 cycles and 90 instructions; hardly one element after the
-// present one fits into the window, and the time is that of waiting, the same for vectors of 8 and of 16. Loops of a
-// third of the length have several times as many elements under way, for a few more loads and stores, which are idle
-// anyway. Measured with AVX-512 (Intel Cascade Lake, operands in the cache), ns per element: one loop 1.67, two 1.30,
-// three 1.23.
+// Three loops are faster than one. The whole formula is a dependency chain of more than 100 cycles and 90 instructions.
+// A processor's reorder window holds little more than one such iteration, so the latency of the chain decides. The
+// window holds several iterations of a loop of a third of the length, at the price of a few loads and stores. Measured
+// with AVX-512 (Intel Cascade Lake, operands in the cache), ns per element: one loop 1.67, two 1.30, three 1.23.
 //
-// Then memory is what is waited for, and the loop that computes longest fetches the inputs of the next block meanwhile:
-// at 1024 x 9605 1.39 ns instead of 1.75, without a gradient 1.01 instead of 1.41. Fetching in the first loop, which
-// itself waits for memory, made it slower (1.5 to 2.0), fetching the gradient too gained 2 % more.
+// The third loop computes longest, so it prefetches the inputs of the next block: at 1024 x 9605 1.39 ns instead of
+// 1.75, without a gradient 1.01 instead of 1.41. Prefetching in the first loop, which waits for memory itself, was
+// slower (1.5 to 2.0). Prefetching the gradient too gained 2 % more.
 template <class T, bool kPosWeight, bool kLoss, bool kGradient>
 void compute(
     int64_t count,
@@ -152,10 +151,10 @@ void compute(
         scale, loss + begin, gradient + begin);
   };
   int64_t begin = 0;
-  for (; begin + kStretch <= count; begin += kStretch) {
+  for (; begin + kPrefetchStep <= count; begin += kPrefetchStep) {
     fetch(next_logits, begin);
     fetch(next_target, begin);
-    third_loop(begin, kStretch);
+    third_loop(begin, kPrefetchStep);
   }
   third_loop(begin, count - begin);
 }
@@ -185,7 +184,7 @@ void multiply(int64_t count, const T* __restrict__ factor, T* __restrict__ value
   for (int64_t i = 0; i < count; ++i) values[i] *= factor[i];
 }
 
-// The buffers of one block, aligned so that no vector of them lies across two cache lines (15 % of the time).
+// The buffers of one block. The alignment keeps each vector inside one cache line, which saves 15 % of the time.
 template <class T>
 struct Block {
   alignas(64) T logits[kBlock];
@@ -197,8 +196,8 @@ struct Block {
   alignas(64) T gradient[kBlock];
 };
 
-// Computes elements [begin, begin + count), count <= kBlock. The gradient goes to its result; the loss to block.loss if
-// `want_loss`, for the caller to store or to add.
+// Computes elements [begin, begin + count), count <= kBlock. Writes the gradient to problem.gradient if it is wanted,
+// and the loss to block.loss if `want_loss`.
 template <class T>
 void compute_elements(
     const Problem& problem,
@@ -241,7 +240,7 @@ void compute_elements(
   }
 }
 
-// A running sum in sixteen float64 lanes: wide enough for any vector unit, and the same sum on all of them.
+// A running sum in sixteen float64 lanes. Sixteen fill the widest vector unit, and all units get the same sum.
 struct Lanes {
   static constexpr int kCount = 16;
   double sum[kCount] = {};

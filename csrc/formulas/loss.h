@@ -1,19 +1,21 @@
-// The sigmoid cross-entropy of one element and its gradient: the formula, once, for CPU and CUDA.
+// The sigmoid cross-entropy of one element and its gradient, for CPU and CUDA.
 //
 //     loss(x, t) = (1 - t) softplus(x) + p t softplus(-x)          x: logit, t: target, p: pos_weight
 //     gradient   = (1 - t) sigmoid(x)  - p t sigmoid(-x)           d loss / d x
 //
-// with softplus(x) = max(x, 0) + log1p(e), sigmoid(|x|) = 1 / (1 + e), sigmoid(-|x|) = e / (1 + e), e = exp(-|x|). All
-// of them come from the one exponential of a number that is never positive, so nothing overflows, and neither tail is
-// the difference of two nearly equal numbers: `sigmoid(x) - t` loses every gradient beyond |x| = 17 in float, this
-// loses none.
+// with softplus(x) = max(x, 0) + log1p(e), sigmoid(|x|) = 1 / (1 + e), sigmoid(-|x|) = e / (1 + e), e = exp(-|x|). The
+// exponent is never positive, so nothing overflows. Neither tail is the difference of two nearly equal numbers:
+// `sigmoid(x) - t` loses every gradient beyond |x| = 17 in float, these formulas lose none.
 //
-// Error bounds (ULP of the result; tests/test_numerics.py and tests/cpp/sweep.cpp enforce them):
-//     float:  t in {0, 1}: loss and gradient 2 ULP for every logit (the worst of all 2^32 are 1.29 and 1.02, and 1.41
-//             for the loss without fused multiply-add); results below the smallest normal float within one subnormal
-//             step. t in between: 4 ULP of the sum of the two non-negative terms.
-//     double: the same bounds.
-//     inf:    with the matching target loss and gradient are 0. NaN in x or t gives NaN.
+// Error bounds in ULP (tests/test_formulas.py and tests/cpp/sweep.cpp enforce them), float and double:
+//     t in {0, 1}: loss and gradient 2 ULP for every logit. The worst of all 2^32 floats are 1.29 for the loss (1.41
+//                  without fused multiply-add) and 1.02 for the gradient. Results below the smallest normal number are
+//                  within one subnormal step.
+//     in between:  4 ULP of the sum of the two non-negative terms.
+//     with p:      as in between, if p t is no subnormal number. Where e is subnormal, its error times p, at most 2 p
+//                  subnormal steps, is added.
+//     infinite x:  with the matching target loss and gradient are 0.
+//     NaN:         in x or t gives NaN.
 #pragma once
 
 #include <cmath>
@@ -24,12 +26,12 @@
 
 namespace fused_sce {
 
-// sigmoid(-|x|) = e / (1 + e).
+// sigmoid(-|x|) = e / (1 + e), within 1.03 ULP.
 template <class T>
 FUSED_SCE_INLINE T smaller_sigmoid(TwoPart<T> e) {
-  // The quotient of the upper parts, then one step of correction by what it leaves of e = q + q e, over 1 + e: that is
-  // times sigmoid(|x|), which is 1 less the quotient. e.upper - q is exact, because q is at least half of e.upper (P.
-  // H. Sterbenz, 1974), so that the rounding of 1 + e does not matter.
+  // q = the quotient of the upper parts, corrected by (e - q - q e) / (1 + e). Here e.upper - q is exact, because q is
+  // at least half of e.upper (P. H. Sterbenz, 1974), so the rounding of 1 + e does not matter. The factor 1 / (1 + e)
+  // is sigmoid(|x|) = 1 - q.
   const T ratio = quotient(e.upper, T(1) + e.upper);
   const T larger = T(1) - ratio;
   const T residual = residual_of_product(ratio, e.upper, e.upper - ratio);
@@ -42,15 +44,14 @@ struct LossAndGradient {
   T gradient;
 };
 
-// The loss of one element and its derivative by the logit, from e = exp(-|x|). kPosWeight = false is p = 1,
-// without its multiplications.
+// Loss and gradient of one element from e = exp(-|x|). kPosWeight = false is p = 1, without the multiplications.
 //
-// Both are made of the slope, the gradient's limit where x is large and wrong, which is 1 - t or p t: for x >= 0
+// Both are computed from the slope: 1 - t for x >= 0, p t for x < 0. It is what the size of the gradient tends to for
+// large |x|. For x >= 0
 //     loss     = (1 - t) x + (1 - t + p t) log1p(e)
 //     gradient = (1 - t) - (1 - t + p t) sigmoid(-|x|)
-// and for x <= 0 the same with p t and |x|, the gradient negated. For a target of 0 or 1 one of both terms is 0; in
-// between they cancel only where that is no more than an ULP of (1 - t) sigmoid(x) + p t sigmoid(-x), because
-// sigmoid(-|x|) is at most a half.
+// and for x < 0 the same with p t and |x|, the gradient negated. For t in {0, 1} one of the two terms is 0. For t in
+// between they may cancel, but as sigmoid(-|x|) <= 1/2 the error is small against (1 - t) sigmoid(x) + p t sigmoid(-x).
 template <class T, bool kPosWeight>
 FUSED_SCE_INLINE LossAndGradient<T> sigmoid_cross_entropy(T x, T t, T pos_weight, TwoPart<T> e) {
   using Bits = typename Constants<T>::Bits;
@@ -58,17 +59,17 @@ FUSED_SCE_INLINE LossAndGradient<T> sigmoid_cross_entropy(T x, T t, T pos_weight
   const TwoPart<T> log1p_e = log1p_of(e);
   const T negative = T(1) - t;
   const T positive = kPosWeight ? pos_weight * t : t;
-  // By the sign bit, as at the end: for a zero of either sign both must go the same way.
+  // Tests the sign bit, as the gradient's sign at the end does, so that both treat -0 as negative.
   const T slope = bit_cast<SignedBits>(x) < 0 ? positive : negative;
-  // 0 for a slope of 0 even if x is infinite: a sure and right logit costs nothing.
+  // 0 for a slope of 0 even if x is infinite, where the product would be NaN.
   const T linear = slope == T(0) ? T(0) : slope * std::fabs(x);
 
   T loss;
   if (kPosWeight) {
     loss = mul_add(negative + positive, log1p_e.upper + log1p_e.lower, linear);
   } else {
-    // Both sums at once with one rounding that counts: the larger part plus the smaller, and what that addition lost.
-    // What it added is at most log1p(1), or not a number if linear is infinite.
+    // The sum of linear and both parts of log1p with one rounding that matters: larger + smaller, and the error of that
+    // addition (T. J. Dekker, 1971). If linear is infinite, `added` is NaN.
     const T larger = linear > log1p_e.upper ? linear : log1p_e.upper;
     const T smaller = linear > log1p_e.upper ? log1p_e.upper : linear;
     const T sum = larger + smaller;

@@ -1,4 +1,4 @@
-// The special-function unit of a GPU, and a division made of it.
+// The special-function unit of a GPU, and a division that uses it.
 #pragma once
 
 #include <cmath>
@@ -7,10 +7,10 @@
 
 namespace fused_sce {
 
-// A GPU's special-function unit. On a CPU the same functions by the standard library.
+// A GPU's special-function unit; on a CPU the same functions from the standard library.
 struct SpecialFunctions {
-  // 2^x, within 2 ULP (which is what the CUDA C++ Programming Guide says of exp2f, made of it); a result below the
-  // smallest normal number is 0.
+  // 2^x within 2 ULP, the bound of the CUDA C++ Programming Guide for exp2f, which uses this instruction. A result
+  // below the smallest normal number is 0.
   FUSED_SCE_INLINE float exp2(float x) {
 #if defined(__CUDA_ARCH__)
     float y;
@@ -33,14 +33,14 @@ struct SpecialFunctions {
   }
 };
 
-// e / divisor, rounded once as IEEE 754 wants it, for e in [0, 1] and divisor = 1 + e, rounded.
+// e / divisor for e in [0, 1] and divisor = 1 + e, rounded. The nearest float or double, as IEEE 754 defines division.
 FUSED_SCE_INLINE double quotient(double e, double divisor) { return e / divisor; }
 
+// The same by P. Markstein's method (1990): one Newton step for the reciprocal, one for the quotient. `/` would also
+// check the range of the operands, which doubles the cost. Where e is so small that the residual could underflow, the
+// divisor is 1 and the residual is 0. tests/test_formulas.py compares with `/`.
 template <class Unit = SpecialFunctions>
 FUSED_SCE_INLINE float quotient_by_steps(float e, float divisor) {
-  // P. Markstein's (1990): one step of Newton's for the reciprocal, one for the quotient. What a compiler makes of `/`
-  // also asks whether the operands are in range, which costs as much again. Where e is so small that the residual might
-  // underflow, the divisor is 1 and the residual 0. tests/cpp/cuda_threads.cpp compares with `/`.
   const float guess = Unit::reciprocal(divisor);
   const float reciprocal = mul_add(guess, mul_add(-divisor, guess, 1.0f), guess);
   const float rounded = e * reciprocal;
