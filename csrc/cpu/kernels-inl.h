@@ -214,8 +214,10 @@ void compute_elements(
   const Upcoming next_logits = upcoming(problem, problem.logits, begin + kBlock);
   const Upcoming next_target = upcoming(problem, problem.target, begin + kBlock);
   const bool want_gradient = bool(problem.gradient);
-  const bool in_place = want_gradient && problem.gradient.dtype == DTypeOf<T>::value;
-  T* gradient = in_place ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
+  // Not directly into the memory of the logits: compute's arrays must not overlap.
+  const bool direct =
+      want_gradient && problem.gradient.dtype == DTypeOf<T>::value && problem.gradient.data != problem.logits.data;
+  T* gradient = direct ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
   if (want_loss && want_gradient) {
     compute_block<T, true, true>(
         count, logits, target, pos_weight, scale, block.loss, gradient, next_logits, next_target);
@@ -236,7 +238,7 @@ void compute_elements(
     if (problem.upstream) {
       multiply(count, gather(problem, problem.upstream, begin, count, block.upstream), gradient);
     }
-    if (!in_place) scatter(problem.gradient, begin, count, gradient);
+    if (!direct) scatter(problem.gradient, begin, count, gradient);
   }
 }
 

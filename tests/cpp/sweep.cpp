@@ -2,13 +2,14 @@
 //
 //     sweep STEP        every STEP-th of the 2^32 float32 patterns and every bfloat16 and float16, for t = 0 and t = 1
 //
-// No torch: this is the kernels and the math header alone, those of every instruction set this processor has, on two
-// threads. Prints the worst errors; fails past the bounds below, or where a result is 0 and the exact one is not (or
-// the other way round), or for NaN anywhere but from NaN.
+// No torch: only the kernels, those of every instruction set that this processor has, on two threads. Prints the worst
+// errors. Fails past the bounds below, where a result is 0 and the exact one is not (or the other way round), for NaN
+// that does not come from NaN, and where a gradient written over its logits is another one.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -90,6 +91,7 @@ struct Report {
   Worst loss[2];
   Worst gradient[2];
   long lost = 0;
+  bool same_in_place = true;
 
   void add(const Report& other) {
     for (int t = 0; t < 2; ++t) {
@@ -97,6 +99,7 @@ struct Report {
       gradient[t].keep(other.gradient[t].ulp, other.gradient[t].logit);
     }
     lost += other.lost;
+    same_in_place = same_in_place && other.same_in_place;
   }
 };
 
@@ -129,7 +132,7 @@ void sweep_part(uint64_t step, int thread, std::vector<Report>& reports) {
   using Stored = typename Format::Stored;
   constexpr uint64_t kPatterns = uint64_t(1) << Format::kBits;
   const std::vector<const cpu::Kernels*> kernels = all_kernels();
-  std::vector<Stored> logits(kBatch), target(kBatch), loss(kBatch), gradient(kBatch);
+  std::vector<Stored> logits(kBatch), target(kBatch), loss(kBatch), gradient(kBatch), in_place(kBatch);
   std::vector<Exact> exact;
   const Stored targets[2] = {StoreAs<Stored>::from(0.0f), StoreAs<Stored>::from(1.0f)};
 
@@ -151,6 +154,14 @@ void sweep_part(uint64_t step, int thread, std::vector<Report>& reports) {
       for (size_t k = 0; k < kernels.size(); ++k) {
         kernels[k]->chunks(problem, 0, cpu::num_chunks(count), nullptr);
         Report& report = reports[k];
+
+        in_place = logits;
+        Problem overwriting = problem;
+        overwriting.logits.data = overwriting.gradient.data = in_place.data();
+        kernels[k]->chunks(overwriting, 0, cpu::num_chunks(count), nullptr);
+        const bool same = std::memcmp(in_place.data(), gradient.data(), count * sizeof(Stored)) == 0;
+        report.same_in_place = report.same_in_place && same;
+
         for (int i = 0; i < count; ++i) {
           const float logit = Format::value(logits[i]);
           const double got_loss = Format::value(loss[i]);
@@ -182,7 +193,7 @@ bool sweep(uint64_t step) {
   for (size_t k = 0; k < kernels.size(); ++k) {
     Report report;
     for (const std::vector<Report>& of_thread : reports) report.add(of_thread[k]);
-    bool holds = report.lost == 0;
+    bool holds = report.lost == 0 && report.same_in_place;
     for (int t = 0; t < 2; ++t) {
       const Worst& loss = report.loss[t];
       const Worst& gradient = report.gradient[t];
@@ -191,7 +202,8 @@ bool sweep(uint64_t step) {
           gradient.ulp, gradient.logit);
       holds = holds && loss.ulp <= Format::kBound && gradient.ulp <= Format::kBound;
     }
-    std::printf("  %-8s %ld lost: %s\n", kernels[k]->isa, report.lost, holds ? "holds" : "BROKEN");
+    const char* in_place = report.same_in_place ? "" : "another gradient in place, ";
+    std::printf("  %-8s %s%ld lost: %s\n", kernels[k]->isa, in_place, report.lost, holds ? "holds" : "BROKEN");
     all_hold = all_hold && holds;
   }
   std::fflush(stdout);
