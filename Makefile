@@ -37,7 +37,7 @@ test: setup  ## Run all tests
 
 # The kernels' flags, as in setup.py.
 KERNEL_FLAGS := -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra
-KERNELS := $(wildcard csrc/cpu/*.cpp)
+KERNELS := $(filter-out csrc/cpu/op.cpp,$(wildcard csrc/cpu/*.cpp))  # op.cpp needs torch
 build/sweep: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
 	mkdir -p build
 	$(CXX) -O3 $(KERNEL_FLAGS) tests/cpp/sweep.cpp $(KERNELS) -o $@ -lpthread

@@ -46,7 +46,7 @@ struct Problem {
   Operand pos_weight;  // of the type computed in
   Operand upstream;    // of the type computed in, or of that of the logits
   double divisor = 1.0;
-  const int64_t* count = nullptr;  // where the kernel runs: divides as well, 0 as if it were 1; null: absent
+  const int64_t* count = nullptr;  // where the kernel runs: divides as well, at least 1; null: absent
 
   bool in_double = false;  // computed in double instead of float
   Result loss;
@@ -66,7 +66,7 @@ FUSED_SCE_INLINE TwoPart<T> reciprocal(double divisor) {
 FUSED_SCE_INLINE double divisor_of(const Problem& problem) {
   if (!problem.count) return problem.divisor;
   const int64_t count = *problem.count;
-  return problem.divisor * double(count == 0 ? 1 : count);
+  return problem.divisor * double(count < 1 ? 1 : count);
 }
 
 // The storage position of element `index` of a strided operand.

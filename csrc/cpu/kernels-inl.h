@@ -269,7 +269,7 @@ struct Lanes {
 template <class T>
 void chunks_as(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
   Block<T> block;
-  const TwoPart<T> scale = reciprocal<T>(problem.divisor);
+  const TwoPart<T> scale = reciprocal<T>(divisor_of(problem));
   const bool want_loss = partial_sums || problem.loss;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_end = (chunk + 1) * kChunk < problem.numel ? (chunk + 1) * kChunk : problem.numel;
@@ -304,7 +304,7 @@ void rows_as(const Problem& problem, int64_t columns, int64_t begin, int64_t end
           lanes.add(block.loss, count);
         }
       }
-      const double loss = lanes.total() / problem.divisor;
+      const double loss = lanes.total() / divisor_of(problem);
       scatter(problem.loss, row + k, 1, &loss);
     }
   }

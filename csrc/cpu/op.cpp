@@ -16,27 +16,19 @@ namespace {
 constexpr int64_t kElementsPerThread = 32768;
 constexpr int64_t kChunksPerThread = kElementsPerThread / cpu::kChunk;
 
-// The count lies where the host can read it.
-Problem divided_by_count(Problem problem) {
-  if (problem.count) problem.divisor *= double(std::max<int64_t>(*problem.count, 1));
-  return problem;
-}
-
 struct CpuBackend {
   static void prepare(const Tensor& result) {
     cpu::prefer_large_pages(result.mutable_data_ptr(), size_t(result.numel()) * result.element_size());
   }
 
-  static void elements(const Problem& undivided, const Tensor&) {
-    const Problem problem = divided_by_count(undivided);
+  static void elements(const Problem& problem, const Tensor&) {
     const cpu::Kernels& kernels = cpu::kernels();
     torch::stable::parallel_for(0, cpu::num_chunks(problem.numel), kChunksPerThread, [&](int64_t begin, int64_t end) {
       kernels.chunks(problem, begin, end, nullptr);
     });
   }
 
-  static void sum(const Problem& undivided, const Tensor& total) {
-    const Problem problem = divided_by_count(undivided);
+  static void sum(const Problem& problem, const Tensor& total) {
     const cpu::Kernels& kernels = cpu::kernels();
     const int64_t chunks = cpu::num_chunks(problem.numel);
     double few[16];
@@ -45,11 +37,10 @@ struct CpuBackend {
     torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
       kernels.chunks(problem, begin, end, partial_sums);
     });
-    store(cpu::add_pairwise(partial_sums, chunks) / problem.divisor, result_of(total));
+    store(cpu::add_pairwise(partial_sums, chunks) / divisor_of(problem), result_of(total));
   }
 
-  static void rows(const Problem& undivided, int64_t columns, const Tensor& loss) {
-    const Problem problem = divided_by_count(undivided);
+  static void rows(const Problem& problem, int64_t columns, const Tensor& loss) {
     const cpu::Kernels& kernels = cpu::kernels();
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns));
     torch::stable::parallel_for(
