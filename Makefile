@@ -91,17 +91,24 @@ format: setup  ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# One file for every torch from 2.11 on and every Python from 3.10 on. auditwheel finds the manylinux tag; torch's libraries
+# stay where they are.
 wheel: setup  ## Build wheel and sdist into dist/
-	$(BIN)/python -m build --no-isolation
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
 
-# Beside the same torch, and in a folder without the sources: what is imported is the wheel.
-try-wheel: wheel  ## Install the wheel into a clean environment and run its self-check there
-	rm -rf build/try-wheel
-	$(PYTHON) -m venv build/try-wheel
-	build/try-wheel/bin/pip install --quiet "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
-	build/try-wheel/bin/pip install --quiet --no-deps dist/*.whl
-	cd build/try-wheel && bin/python -m fused_sce
-	build/try-wheel/bin/python tests/smoke.py
+# In a folder without the package's sources: what is imported is the wheel.
+TRY := build/try-wheel
+try-wheel:  ## Run all tests on the wheel in dist/, with PYTHON and TORCH of your choice
+	rm -rf $(TRY)
+	$(PYTHON) -m venv $(TRY)
+	$(TRY)/bin/pip install --quiet $(TORCH)
+	$(TRY)/bin/pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[test]"
+	mkdir $(TRY)/source
+	cp -r setup.py pyproject.toml Makefile README.md csrc tests tools benchmarks examples $(TRY)/source
+	cd $(TRY)/source && ../bin/python -m fused_sce && ../bin/python tests/smoke.py && ../bin/python -m pytest $(PYTEST)
 
 clean:  ## Remove everything that was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info $(OUTPUT) fused_sce/*.so

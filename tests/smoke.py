@@ -1,4 +1,4 @@
-"""A few lines of use, for an installed wheel: needs torch alone. `make try-wheel` runs it."""
+"""A few lines of use, for an installed wheel: needs torch alone. `make try-wheel` runs it first."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_sce
 from fused_sce import functional as F
@@ -228,6 +229,71 @@ def test_torch_func_transforms(device: str, loss: Loss) -> None:
 
     hessian = torch.func.hessian(total)(x, t)
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda x: total(x, t), x))
+
+
+class FusedCalls(TorchDispatchMode):
+    """Shapes of the logits of each call of the op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "fused_sce" in str(func):
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+VMAPPED: dict[str, tuple[tuple[int | None, ...], tuple[tuple[int, ...], ...]]] = {
+    "all": ((0, 0, 0, 0), ((3, 4, 5), (3, 4, 5), (3, 5), (3, 4, 1))),
+    "inputs": ((0, 0, None, None), ((3, 4, 5), (3, 4, 5), (5,), (4, 1))),
+    "target alone": ((None, 0, None, None), ((4, 5), (3, 4, 5), (5,), ())),
+    "weight alone": ((None, None, 0, None), ((4, 5), (4, 5), (3, 4, 5), (1, 5))),
+    "last dimensions": ((2, 1, 1, 0), ((4, 5, 3), (4, 3, 5), (5, 3), (3,))),
+}
+
+
+@pytest.mark.parametrize("case", list(VMAPPED))
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sum_classes", "soft margin none"])
+def test_vmap_is_one_call_of_the_kernel(device: str, case: str, reduction: str) -> None:
+    in_dims, shapes = VMAPPED[case]
+    x, t, weight, pos_weight = (torch.rand(shape, dtype=torch.float64, device=device) for shape in shapes)
+
+    def one(x: Tensor, t: Tensor, weight: Tensor, pos_weight: Tensor) -> Tensor:
+        if reduction == "soft margin none":
+            return F.multilabel_soft_margin_loss(x, t, weight, reduction="none")
+        return F.sigmoid_cross_entropy(x, t, weight=weight, pos_weight=pos_weight, reduction=reduction)
+
+    def sample(tensor: Tensor, dim: int | None, index: int) -> Tensor:
+        return tensor if dim is None else tensor.select(dim, index)
+
+    tensors = (x.requires_grad_(), t, weight, pos_weight)
+    expected = torch.stack(
+        [one(*(sample(tensor, dim, i) for tensor, dim in zip(tensors, in_dims, strict=True))) for i in range(3)]
+    )
+    with FusedCalls() as calls:
+        batched = torch.vmap(one, in_dims=in_dims)(*tensors)
+    assert len(calls.shapes) == 1
+    torch.testing.assert_close(batched, expected)
+    upstream = torch.rand_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(batched, x, upstream), torch.autograd.grad(expected, x, upstream))
+
+
+def test_nested_vmap(device: str) -> None:
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64, device=device)
+    t = torch.rand(3, 4, 5, dtype=torch.float64, device=device)
+    batched = torch.vmap(torch.vmap(F.binary_cross_entropy_with_logits), in_dims=(0, None))(x, t)
+    expected = F.sigmoid_cross_entropy(x, t.expand(2, 3, 4, 5), reduction="none").mean((-1, -2))
+    torch.testing.assert_close(batched, expected)
+
+
+def test_vmap_with_a_count(device: str) -> None:
+    op = torch.ops.fused_sce.sigmoid_cross_entropy
+    x, t = torch.rand(3, 4, 5, device=device), torch.rand(3, 4, 5, device=device)
+    counts = torch.tensor([[2], [0], [7]], device=device)
+    batched = torch.vmap(lambda x, t, n: op(x, t, None, None, n, reduction="sum"))(x, t, counts)
+    expected = torch.stack([op(x[i], t[i], None, None, counts[i], reduction="sum") for i in range(3)])
+    torch.testing.assert_close(batched, expected)
 
 
 def test_vmap_of_grad_and_jvp(device: str, loss: Loss) -> None:

@@ -1,0 +1,159 @@
+"""inplace=True: the gradient overwrites the logits, nobody is deceived, and no memory is taken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_autograd import allocations
+from torch import Tensor, nn
+
+import fused_sce
+from fused_sce import functional as F
+
+REDUCTIONS = ("mean", "sum", "sum_classes", "none")
+
+
+def loss_of(logits: Tensor, target: Tensor, reduction: str, inplace: bool, **options: Tensor) -> Tensor:
+    return F.sigmoid_cross_entropy(logits, target, reduction=reduction, inplace=inplace, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target_dtype", [None, torch.bool, torch.float64])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_same_bits_in_the_memory_of_the_logits(
+    device: str, dtype: torch.dtype, target_dtype: torch.dtype | None, reduction: str, weighted: bool
+) -> None:
+    x = (torch.randn(37, 131, device=device) * 9).to(dtype)
+    x[0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, 104.0, -104.0, 17.0])
+    t = (torch.rand(37, 131, device=device) < 0.5).to(target_dtype or dtype)
+    options = {"weight": torch.rand(131, device=device), "pos_weight": torch.rand(37, 1, device=device)}
+    options = options if weighted else {}
+    results = []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1
+        address = logits.data_ptr()
+        logits.register_hook(lambda gradient, a=address, i=inplace: check_address(gradient, a, i))
+        value = loss_of(logits, t, reduction, inplace, **options)
+        value.backward(torch.full_like(value, 0.75))
+        results.append((value.detach(), leaf.grad))
+    for ours, expected in zip(*reversed(results), strict=True):
+        assert ours is not None
+        # On a GPU a sum over 16-bit logits that is not finite takes another loop; NaN equals NaN here.
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def check_address(gradient: Tensor, address: int, inplace: bool) -> None:
+    assert (gradient.data_ptr() == address) == inplace
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_training_is_the_same(reduction: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    twin = copy.deepcopy(model)
+    features, target = torch.randn(9, 8), torch.rand(9, 5)
+    for each, inplace in ((model, False), (twin, True)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            criterion = fused_sce.SigmoidCrossEntropyLoss(reduction=reduction, inplace=inplace)
+            criterion(each(features), target).sum().backward()
+            optimizer.step()
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_memory_beyond_the_inputs(dtype: torch.dtype, reduction: str) -> None:
+    logits = torch.randn(256, 1000, dtype=dtype).requires_grad_() * 1
+    t = torch.rand(256, 1000) < 0.5
+    upstream = torch.ones(256, 1000, dtype=dtype) if reduction == "none" else torch.ones((), dtype=dtype)
+    result = logits.nbytes if reduction == "none" else 0
+
+    def step() -> None:
+        torch.autograd.grad(loss_of(logits, t, reduction, inplace=True), logits, upstream)
+
+    assert [size for size in allocations(step) if size > 4096] == [result] * bool(result)
+
+
+@pytest.mark.parametrize("use", [torch.exp, torch.relu, lambda x: x * x, torch.sigmoid])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_whoever_saved_the_logits_fails_loudly(use: Callable[[Tensor], Tensor], reduction: str) -> None:
+    logits = use(torch.randn(4, 5, requires_grad=True))  # exp, relu and sigmoid save their results
+    other = (logits * logits).sum()
+    value = loss_of(logits, torch.rand(4, 5), reduction, inplace=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward((value, other))
+
+
+def test_one_backward_pass_without_a_graph() -> None:
+    logits, t = torch.randn(4, 5).requires_grad_() * 1, torch.rand(4, 5)
+    value = loss_of(logits, t, "mean", inplace=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, logits, create_graph=True)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="allows one backward pass"):
+        value.backward()
+
+    logits = torch.randn(4, 5).requires_grad_() * 1
+    value = loss_of(logits, t, "none", inplace=True).sum()
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_what_cannot_be_overwritten() -> None:
+    leaf, t = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5)
+    before = leaf.detach().clone()
+    for logits in (leaf, leaf.view(5, 4), leaf[1:3]):
+        with pytest.raises(RuntimeError, match="would overwrite a leaf tensor that requires grad"):
+            loss_of(logits, torch.rand(logits.shape), "mean", inplace=True)
+    with pytest.raises(RuntimeError, match="no gradient by target"):
+        loss_of(leaf * 1, t.requires_grad_(), "mean", inplace=True)
+    assert torch.equal(leaf, before)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[:1].expand(4, 6), lambda x: x.detach()],
+    ids=["transposed", "strided", "expanded", "no gradient"],
+)
+def test_the_ordinary_way_leaves_the_logits_alone(layout: Callable[[Tensor], Tensor]) -> None:
+    leaf = torch.randn(4, 6, requires_grad=True)
+    logits = layout(leaf * 1)
+    before = logits.detach().clone()
+    t = torch.rand(logits.shape)
+    value, expected = (loss_of(logits, t, "mean", inplace) for inplace in (True, False))
+    assert torch.equal(value, expected)
+    if value.requires_grad:
+        ours, theirs = (torch.autograd.grad(each, leaf, retain_graph=True)[0] for each in (value, expected))
+        assert torch.equal(ours, theirs)
+    assert torch.equal(logits, before)
+
+
+def test_programs_and_transforms_take_the_ordinary_way() -> None:
+    x, t = torch.randn(4, 5), torch.rand(4, 5)
+
+    def step(x: Tensor, t: Tensor, inplace: bool = True) -> Tensor:
+        return loss_of(x * 2, t, "mean", inplace)
+
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(step(leaf, t, False), leaf)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(leaf, t), leaf)[0], expected)
+    torch.testing.assert_close(torch.func.grad(step)(x, t), expected)
+    torch.testing.assert_close(
+        torch.func.vmap(step)(torch.stack([x, x]), torch.stack([t, t])), step(x, t, False).expand(2)
+    )
+
+
+def test_module_shows_it() -> None:
+    assert repr(fused_sce.SigmoidCrossEntropyLoss()) == "SigmoidCrossEntropyLoss(reduction='mean')"
+    shown = repr(fused_sce.SigmoidCrossEntropyLoss(reduction="sum", inplace=True))
+    assert shown == "SigmoidCrossEntropyLoss(reduction='sum', inplace=True)"
