@@ -32,8 +32,9 @@ OPTIONS = [argument.name for argument in _loss._schema.arguments if argument.kwa
 def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
     """The loss by the kernels, recorded by autograd where a gradient is wanted."""
     if needs_graph(tensors):
+        input, target, *factors = tensors
         function = SigmoidCrossEntropyInPlace if inplace else SigmoidCrossEntropy
-        value: Tensor = function.apply(tensors[0], tensors[1], tensors[2:], options)
+        value: Tensor = function.apply(input, target, factors, options)
         return value
     return _without_graph(tensors, options)
 
@@ -87,17 +88,18 @@ class SigmoidCrossEntropy(torch.autograd.Function):
         """The gradients by input and target."""
         gradient, ctx.gradient = ctx.gradient, None
         tensors, options = ctx.saved_tensors, ctx.options
-        upstream = _by_element(grad_output, options)
-        by_input, by_target, *_ = ctx.needs_input_grad
+        by_input, by_target, _, _ = ctx.needs_input_grad
+        if options[0] == "rows":
+            grad_output = grad_output.unsqueeze(-1)  # broadcasts to the logits
         of_input = of_target = None
         if by_input and torch.is_grad_enabled():
-            of_input = reference.gradient_by_input(upstream, *tensors, *options)
+            of_input = reference.gradient_by_input(grad_output, *tensors, *options)
         elif by_input and gradient is not None:
-            of_input = _scaled(gradient, upstream)
+            of_input = _scaled(gradient, grad_output)
         elif by_input:
-            of_input = _backward(upstream, *tensors, *options)
+            of_input = _backward(grad_output, *tensors, *options)
         if by_target:
-            of_target = reference.gradient_by_target(upstream, *tensors, *options)
+            of_target = reference.gradient_by_target(grad_output, *tensors, *options)
         return of_input, of_target, None, None
 
 
@@ -129,9 +131,8 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
                 "Use inplace=False"
             )
         gradient, ctx.gradient = ctx.gradient, None
-        upstream = _by_element(grad_output, ctx.options)
         if gradient is not None:
-            return _scaled(gradient, upstream), None, None, None
+            return _scaled(gradient, grad_output), None, None, None
         if not ctx.saved_tensors:
             raise RuntimeError(
                 "inplace=True allows one backward pass: the gradient overwrote the logits and was given away. "
@@ -139,23 +140,21 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
             )
         tensors = ctx.saved_tensors
         gradient = tensors[0].detach()
-        _backward_out(upstream, *tensors, *ctx.options, gradient=gradient)
+        _backward_out(grad_output, *tensors, *ctx.options, gradient=gradient)
         torch.autograd.graph.increment_version(gradient)
         return gradient, None, None, None
-
-
-def _by_element(grad_output: Tensor, options: Options) -> Tensor:
-    """A gradient of the loss, as it broadcasts to the logits."""
-    return grad_output.unsqueeze(-1) if options[0] == "rows" else grad_output
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient that forward made, times an upstream factor.
 
-    The first backward pass gives this tensor away, scaled where it lies, without asking on the host whether the factor
-    is 1. A later pass over a retained graph computes the gradient anew.
+    The first backward pass gives this tensor away, scaled where it lies. A later pass over a retained graph computes
+    the gradient anew. The usual factor is 1, which touches no memory; on a GPU the kernel asks, or the host would wait.
     """
     if type(gradient) is not Tensor or type(factor) is not Tensor or torch.compiler.is_compiling():
         return gradient * factor.to(gradient.dtype)  # traced, or a DTensor: nothing in place
-    _scale_(gradient, factor)
+    if gradient.is_cuda:
+        _scale_(gradient, factor)
+    elif factor.item() != 1.0:
+        gradient.mul_(factor)
     return gradient

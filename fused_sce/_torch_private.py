@@ -35,6 +35,7 @@ __all__ = [
     "is_differentiating",
     "is_exporting_to_onnx",
     "is_forward_mode",
+    "is_plain_eager",
     "is_tracing",
     "is_transforming",
     "legacy_reduction",
@@ -66,6 +67,17 @@ def is_forward_mode() -> bool:
 def is_differentiating() -> bool:
     """Whether the call is inside a transform of `torch.func` other than vmap: grad, vjp, jvp, ..."""
     return is_transforming() and any(level.key() != TransformType.Vmap for level in get_interpreter_stack() or ())
+
+
+def is_plain_eager() -> bool:
+    """Whether no transform, trace, autocast, forward-mode AD or export looks at the call."""
+    return not (
+        is_transforming()
+        or is_tracing()
+        or is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or is_exporting_to_onnx()
+    )
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

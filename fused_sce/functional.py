@@ -22,10 +22,10 @@ from fused_sce import _autograd, _library, _sharding, reference
 from fused_sce._checks import check_reduction, check_tensors
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import (
-    is_any_autocast_enabled,
     is_differentiating,
     is_exporting_to_onnx,
     is_forward_mode,
+    is_plain_eager,
     is_tracing,
     is_transforming,
     legacy_reduction,
@@ -211,23 +211,31 @@ def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
 
 
 def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
-    """The op by the way that fits: kernel, batched kernel or reference."""
+    """The loss by the way that fits. The first lines decide for the call that training makes all day."""
     input, target, weight, pos_weight, _ = tensors
-    if type(input) is not Tensor or type(target) is not Tensor:
+    is_usual = (
+        type(input) is Tensor
+        and type(target) is Tensor
+        and (input.is_cpu or (_library.has_cuda_kernels and input.is_cuda))
+        and (weight is None or not weight.requires_grad)
+        and (pos_weight is None or not pos_weight.requires_grad)
+        and is_plain_eager()
+    )
+    if not is_usual:
         _sharding.register()  # they may be DTensors
         check_tensors(input, target, weight, pos_weight)
-    if is_any_autocast_enabled():
         options = _with_autocast(tensors, options)
-    # A trace would keep the divisor of its example.
-    if is_tracing() or is_differentiating() or _needs_reference(tensors):
-        check_tensors(input, target, weight, pos_weight)
-        return reference.sigmoid_cross_entropy(*tensors, *options)
-    if is_transforming():  # by vmap alone
-        return _autograd.call_op(tensors, options)
-    return _autograd.loss(tensors, options, inplace and _can_overwrite(input, target))
+        # A trace would keep the divisor of its example.
+        if is_tracing() or is_differentiating() or _needs_reference(tensors):
+            return reference.sigmoid_cross_entropy(*tensors, *options)
+        if is_transforming():  # by vmap alone
+            return _autograd.call_op(tensors, options)
+    if inplace:
+        inplace = _can_overwrite(input, target)
+    return _autograd.loss(tensors, options, inplace)
 
 
-def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
+def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool) -> Tensor:
     """The op as one node of a graph, or the reference."""
     check_tensors(*tensors[:4])
     options = _with_autocast(tensors, options)
@@ -255,7 +263,7 @@ def _needs_reference(tensors: _autograd.Tensors) -> bool:
     by_pos_weight = pos_weight is not None and pos_weight.requires_grad
     if (by_weight or by_pos_weight) and torch.is_grad_enabled():
         return True
-    return not input.is_cpu and input.device.type not in _KERNEL_DEVICES and _lacks_kernels(input.device.type)
+    return input.device.type not in _KERNEL_DEVICES and _lacks_kernels(input.device.type)
 
 
 # meta: shapes only, through the fake kernels

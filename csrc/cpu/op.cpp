@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "../ops/kernels.h"
@@ -45,23 +44,6 @@ struct CpuBackend {
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns));
     torch::stable::parallel_for(
         0, loss.numel(), grain, [&](int64_t begin, int64_t end) { kernels.rows(problem, columns, begin, end); });
-  }
-
-  // A factor of 1, the usual one, touches no memory.
-  static void scale(const Tensor& self, const Tensor& factor) {
-    double value = 0.0;
-    visit(dtype_of(factor, "factor"), [&](auto tag) {
-      value = load_as<double>(*static_cast<const decltype(tag)*>(factor.const_data_ptr()));
-    });
-    if (value == 1.0) return;
-    visit_floating(dtype_of(self, "self"), [&](auto tag) {
-      using Stored = decltype(tag);
-      using T = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-      Stored* const values = static_cast<Stored*>(self.mutable_data_ptr());
-      torch::stable::parallel_for(0, self.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) values[i] = StoreAs<Stored>::from(load_as<T>(values[i]) * T(value));
-      });
-    });
   }
 
  private:

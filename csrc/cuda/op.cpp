@@ -88,15 +88,19 @@ struct CudaBackend {
     const DeviceGuard guard(loss.get_device_index());
     check(cuda::rows(problem, columns, loss.numel(), current_stream(loss)));
   }
-
-  static void scale(const Tensor& self, const Tensor& factor) {
-    const DeviceGuard guard(self.get_device_index());
-    Operand operand;
-    operand.data = factor.const_data_ptr();
-    operand.dtype = dtype_of(factor, "factor");
-    check(cuda::scale(result_of(self), self.numel(), operand, current_stream(self)));
-  }
 };
+
+void scale(StableIValue* stack, uint64_t, uint64_t) {
+  Values values(stack);
+  const Tensor self = values.next<Tensor>();
+  const Tensor factor = values.next<Tensor>();
+  check_scale(self, factor);
+  const DeviceGuard guard(self.get_device_index());
+  Operand operand;
+  operand.data = factor.const_data_ptr();
+  operand.dtype = dtype_of(factor, "factor");
+  check(cuda::scale(result_of(self), self.numel(), operand, current_stream(self)));
+}
 
 void build(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(std::string("nvcc " FUSED_SCE_NVCC_VERSION ", " FUSED_SCE_CUDA_ARCHS));
@@ -105,5 +109,8 @@ void build(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 }  // namespace fused_sce
 
-STABLE_TORCH_LIBRARY_IMPL(fused_sce, CUDA, m) { fused_sce::OpKernels<fused_sce::CudaBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_sce, CUDA, m) {
+  fused_sce::OpKernels<fused_sce::CudaBackend>::register_all(m);
+  m.impl("_scale_", &fused_sce::scale);
+}
 STABLE_TORCH_LIBRARY_IMPL(fused_sce, CompositeExplicitAutograd, m) { m.impl("_cuda_build", &fused_sce::build); }

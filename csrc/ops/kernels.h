@@ -5,7 +5,6 @@
 //     static void elements(const Problem&, const Tensor& result)  problem.loss and problem.gradient, whichever is set
 //     static void sum(const Problem&, const Tensor& total)        the sum of all losses; problem.gradient if set
 //     static void rows(const Problem&, int64_t columns, const Tensor& loss)      problem.loss, one for each row
-//     static void scale(const Tensor& self, const Tensor& factor)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -63,21 +62,12 @@ struct OpKernels {
     gradient_of(bound, gradient);
   }
 
-  static void scale(StableIValue* stack, uint64_t, uint64_t) {
-    Values values(stack);
-    const Tensor self = values.next<Tensor>();
-    const Tensor factor = values.next<Tensor>();
-    check_scale(self, factor);
-    if (self.numel() > 0) Backend::scale(self, factor);
-  }
-
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("sigmoid_cross_entropy", &loss);
     m.impl("_sigmoid_cross_entropy_forward", &forward);
     m.impl("_sigmoid_cross_entropy_forward_out", &forward_out);
     m.impl("_sigmoid_cross_entropy_backward", &backward);
     m.impl("_sigmoid_cross_entropy_backward_out", &backward_out);
-    m.impl("_scale_", &scale);
   }
 
  private:

@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(fused_sce, m) {
   m.def(
       "_sigmoid_cross_entropy_backward_out(Tensor grad_output, " FUSED_SCE_ARGUMENTS ", *, Tensor(a!) gradient) -> ()");
 
-  // Multiplies `self` by a tensor of one element, without reading that on the host.
+  // On a GPU alone: multiplies `self` by a tensor of one element without reading that on the host.
   m.def("_scale_(Tensor(a!) self, Tensor factor) -> ()");
 
   // What was built, as "name: value" lines.
