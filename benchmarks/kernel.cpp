@@ -76,7 +76,7 @@ double best(const cpu::Kernels& kernels, bool gradient, const Types& types, int 
   std::vector<double> partial_sums(cpu::num_chunks(kElements));
   Problem problem;
   problem.numel = problem.sizes[0] = kElements;
-  problem.divisor = double(kElements);
+  problem.options.divisor = double(kElements);
   problem.logits = logits.operand();
   problem.target = target.operand();
   problem.in_double = types.logits == DType::Float64;

@@ -6,6 +6,7 @@
 
 #include "dtypes.h"
 #include "formulas/floats.h"
+#include "options.h"
 
 namespace fused_sce {
 
@@ -32,7 +33,7 @@ struct Result {
 
 // A loss over `numel` elements in row-major order of `sizes`. Which results are set says what to compute:
 //   loss:     the loss of each element (reduction "none");
-//   gradient: d loss / d logits of each element, divided by `divisor` and `count`, times `upstream` where present. It
+//   gradient: d loss / d logits of each element, divided by the divisor and `count`, times `upstream` where present. It
 //             may lie in the memory of the logits (element for element), and nowhere else in that of an operand.
 // Sums come from `sum()` and `rows()`, which write them elsewhere.
 struct Problem {
@@ -45,7 +46,7 @@ struct Problem {
   Operand weight;      // of the type computed in
   Operand pos_weight;  // of the type computed in
   Operand upstream;    // of the type computed in, or of that of the logits
-  double divisor = 1.0;
+  Options options;
   const int64_t* count = nullptr;  // where the kernel runs: divides as well, at least 1; null: absent
 
   bool in_double = false;  // computed in double instead of float
@@ -64,9 +65,9 @@ FUSED_SCE_INLINE TwoPart<T> reciprocal(double divisor) {
 
 // What divides the gradient and the sums, where `count` can be read.
 FUSED_SCE_INLINE double divisor_of(const Problem& problem) {
-  if (!problem.count) return problem.divisor;
+  if (!problem.count) return problem.options.divisor;
   const int64_t count = *problem.count;
-  return problem.divisor * double(count < 1 ? 1 : count);
+  return problem.options.divisor * double(count < 1 ? 1 : count);
 }
 
 // The storage position of element `index` of a strided operand.

@@ -23,7 +23,7 @@ Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """The first arguments of the ops: input, target, weight, pos_weight, count."""
 
 Options = tuple[Any, ...]
-"""The others in the order of the schema, some of the last may be missing: reduction, divisor, dtype."""
+"""The others in the order of the schema, some of the last may be missing: reduction, dtype, divisor."""
 
 OPTIONS = [argument.name for argument in _loss._schema.arguments if argument.kwarg_only]
 """Their names."""
@@ -151,10 +151,10 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     The first backward pass gives this tensor away, scaled where it lies. A later pass over a retained graph computes
     the gradient anew. The usual factor is 1, which touches no memory; on a GPU the kernel asks, or the host would wait.
     """
-    if type(gradient) is not Tensor or type(factor) is not Tensor or torch.compiler.is_compiling():
-        return gradient * factor.to(gradient.dtype)  # traced, or a DTensor: nothing in place
-    if gradient.is_cuda:
+    may_change = type(gradient) is Tensor and type(factor) is Tensor and not torch.compiler.is_compiling()
+    if may_change and gradient.is_cpu:
+        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
+    if may_change and gradient.is_cuda:
         _scale_(gradient, factor)
-    elif factor.item() != 1.0:
-        gradient.mul_(factor)
-    return gradient
+        return gradient
+    return gradient * factor.to(gradient.dtype)  # traced, a DTensor, or without values

@@ -113,7 +113,7 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     check_reduction(reduction)
-    return (input, target, weight, pos_weight, None), (*_reduced(input, reduction), None), False
+    return (input, target, weight, pos_weight, None), _reduced(input, reduction), False
 
 
 @_loss_function
@@ -151,7 +151,7 @@ def sigmoid_cross_entropy(
             overwrite a leaf that requires grad.
     """
     check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
-    return (input, target, weight, pos_weight, None), (*_reduced(input, reduction), None), inplace
+    return (input, target, weight, pos_weight, None), _reduced(input, reduction), inplace
 
 
 @_loss_function
@@ -195,19 +195,19 @@ def multilabel_soft_margin_loss(
         if weight is not None and weight.dim() > 0:
             dtype = torch.promote_types(dtype, weight.dtype)
     divisor = input.numel() if reduction == "mean" else input.size(-1)
-    options = ("rows" if reduction == "none" else "sum", divisor, dtype)
+    options = ("rows" if reduction == "none" else "sum", dtype, divisor)
     return (input, target, weight, None, None), options, False
 
 
 def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
-    """The op's first options for a reduction: what it adds up, and what divides that."""
+    """The op's first options for a reduction: what it adds up, the default dtype, and what divides the sum."""
     if reduction == "mean":
-        return "sum", input.numel()
+        return "sum", None, input.numel()
     if reduction == "sum_classes":
         if input.dim() == 0:
             raise ValueError('reduction="sum_classes" sums over the last dimension, but input is a scalar')
-        return "sum", math.prod(input.shape[:-1])  # unlike Size.numel() symbolic where the sizes are
-    return reduction, 1
+        return "sum", None, math.prod(input.shape[:-1])  # unlike Size.numel() symbolic where the sizes are
+    return reduction, None, 1
 
 
 def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
@@ -246,8 +246,8 @@ def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool
 
 def _with_autocast(tensors: _autograd.Tensors, options: _autograd.Options) -> _autograd.Options:
     """The options with the dtype of the loss where autocast decides it."""
-    reduction, divisor, dtype, *rest = options
-    return reduction, divisor, dtype or autocast_dtype(*tensors[:2]), *rest
+    reduction, dtype, *rest = options
+    return reduction, dtype or autocast_dtype(*tensors[:2]), *rest
 
 
 def _needs_reference(tensors: _autograd.Tensors) -> bool:

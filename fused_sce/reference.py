@@ -27,8 +27,8 @@ def sigmoid_cross_entropy(
     pos_weight: Tensor | None = None,
     count: Tensor | None = None,
     reduction: str = "none",
-    divisor: int = 1,
     dtype: torch.dtype | None = None,
+    divisor: int = 1,
 ) -> Tensor:
     """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`, with `softplus(x) = log1p(exp(x))`.
 
@@ -42,8 +42,8 @@ def sigmoid_cross_entropy(
         pos_weight: factor of the positive term.
         count: int64; divides the loss as well. 0 divides as 1.
         reduction: "none", "rows" (sum over the last dimension) or "sum" (over all).
-        divisor: divides the loss.
         dtype: of the result; default `result_dtype(input, target)`.
+        divisor: divides the loss.
 
     Returns:
         A tensor of shape `input.shape`, `input.shape[:-1]` or ().
@@ -76,8 +76,8 @@ def gradient_by_input(
     pos_weight: Tensor | None,
     count: Tensor | None,
     reduction: str,
+    dtype: torch.dtype | None,
     divisor: int,
-    *_: object,
 ) -> Tensor:
     """The gradient by the input, differentiable: for second derivatives.
 
@@ -99,8 +99,8 @@ def gradient_by_target(
     pos_weight: Tensor | None,
     count: Tensor | None,
     reduction: str,
+    dtype: torch.dtype | None,
     divisor: int,
-    *_: object,
 ) -> Tensor:
     """The gradient by the target, `pos_weight softplus(-x) - softplus(x)`; arguments as in `gradient_by_input`."""
     x, _t = _computable(input, target)

@@ -421,8 +421,8 @@ def ops_called_directly() -> None:
     count = torch.tensor([4])
     forward = ops._sigmoid_cross_entropy_forward
     for ours, expected in zip(
-        forward(logits, target, None, None, put(count, mesh, [Replicate()]), "sum", 5, None),
-        forward(x, t, None, None, count, "sum", 5, None),
+        forward(logits, target, None, None, put(count, mesh, [Replicate()]), "sum", None, 5),
+        forward(x, t, None, None, count, "sum", None, 5),
         strict=True,
     ):
         assert_same(ours.full_tensor(), expected)

@@ -47,7 +47,7 @@ def test_opcheck(device: str, dtype: torch.dtype, weighted: bool, reduction: str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_opcheck_of_private_ops(device: str, dtype: torch.dtype, weighted: bool) -> None:
-    arguments = (*tensors(device, dtype, weighted), "sum", 9, torch.float32)
+    arguments = (*tensors(device, dtype, weighted), "sum", torch.float32, 9)
     torch.library.opcheck(ops._sigmoid_cross_entropy_forward.default, arguments)
     upstream = torch.rand((), device=device, dtype=dtype)
     torch.library.opcheck(ops._sigmoid_cross_entropy_backward.default, (upstream, *arguments))
@@ -63,7 +63,7 @@ def test_opcheck_of_private_ops(device: str, dtype: torch.dtype, weighted: bool)
 def test_gradient_in_given_memory(device: str, dtype: torch.dtype, in_place: bool) -> None:
     x, *rest = tensors(device, dtype, weighted=True)
     assert x is not None
-    arguments = (*rest, "sum", 9, torch.float32)
+    arguments = (*rest, "sum", torch.float32, 9)
     expected, expected_gradient = ops._sigmoid_cross_entropy_forward(x, *arguments)
     input = x.clone()
     gradient = input if in_place else torch.empty_like(x)

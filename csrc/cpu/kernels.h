@@ -24,7 +24,7 @@ struct Kernels {
   void (*chunks)(const Problem& problem, int64_t begin, int64_t end, double* partial_sums);
 
   // Computes rows [begin, end) of `columns` elements each. problem.loss[row] becomes the sum of the losses of that row,
-  // divided by problem.divisor.
+  // divided by problem.options.divisor.
   void (*rows)(const Problem& problem, int64_t columns, int64_t begin, int64_t end);
 };
 

@@ -23,7 +23,7 @@ cudaError_t elements(const Problem& problem, cudaStream_t stream) {
   const int64_t threads = num_threads(problem, int64_t(blocks) * kThreads);
   choose_loop<Output::Elements>(problem, threads, [&](auto loop, const Problem& chosen) {
     using Loop = decltype(loop);
-    const auto of_divisor = reciprocal<typename Loop::T>(problem.divisor);
+    const auto of_divisor = reciprocal<typename Loop::T>(problem.options.divisor);
     elements_kernel<Loop><<<blocks, kThreads, 0, stream>>>(chosen, of_divisor, threads);
   });
   return cudaGetLastError();

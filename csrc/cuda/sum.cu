@@ -27,7 +27,7 @@ cudaError_t launch(const Problem& problem, const Result& total, double* workspac
   const int64_t threads = num_threads(problem, int64_t(blocks) * kThreads);
   choose_loop<kOutput>(problem, threads, [&](auto loop, const Problem& chosen) {
     using Loop = decltype(loop);
-    const auto of_divisor = reciprocal<typename Loop::T>(problem.divisor);
+    const auto of_divisor = reciprocal<typename Loop::T>(problem.options.divisor);
     sum_kernel<Loop><<<blocks, kThreads, 0, stream>>>(chosen, of_divisor, total, threads, workspace);
   });
   return cudaGetLastError();

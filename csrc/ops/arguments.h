@@ -8,6 +8,8 @@
 #include <optional>
 #include <string>
 
+#include "../options.h"
+
 namespace fused_sce {
 
 using torch::headeronly::ScalarType;
@@ -16,12 +18,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 //   count      one int64 element on the input's device. It divides as `divisor` does; 0 divides as 1.
 //   reduction  "none", "rows" (sum over the last dimension) or "sum" (over all).
-//   divisor    divides the loss. An integer made of sizes, because it stays symbolic under torch.compile; a float would
-//              recompile for each batch size.
 //   dtype      of the loss. Default: the target's if it is floating point (as torch), else the input's.
 #define FUSED_SCE_TENSORS \
   "Tensor input, Tensor target, Tensor? weight=None, Tensor? pos_weight=None, Tensor? count=None"
-#define FUSED_SCE_OPTIONS "str reduction='none', SymInt divisor=1, ScalarType? dtype=None"
+#define FUSED_SCE_RESULT "str reduction='none', ScalarType? dtype=None"
 
 // Takes the values of a call from the stack, one after the other.
 class Values {
@@ -48,8 +48,8 @@ struct Arguments {
   OptionalTensor pos_weight = values.next<OptionalTensor>();
   OptionalTensor count = values.next<OptionalTensor>();
   std::string reduction = values.next<std::string>();
-  int64_t divisor = values.next<int64_t>();
   std::optional<ScalarType> dtype = values.next<std::optional<ScalarType>>();
+  Options options = Options::next(values);
 };
 
 }  // namespace fused_sce

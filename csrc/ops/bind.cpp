@@ -179,7 +179,7 @@ BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
   BoundProblem bound;
   Problem& problem = bound.problem;
   problem.numel = input.numel();
-  problem.divisor = double(arguments.divisor);
+  problem.options = arguments.options;
   problem.in_double = input_type == ScalarType::Double || arguments.target.scalar_type() == ScalarType::Double;
   const ScalarType computing_type = problem.in_double ? ScalarType::Double : ScalarType::Float;
 

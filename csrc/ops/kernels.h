@@ -75,7 +75,7 @@ struct OpKernels {
 
   static Tensor loss_of(const Arguments& arguments) {
     const Reduction reduction = reduction_of(arguments);
-    if (reduction == Reduction::None && (arguments.divisor != 1 || arguments.count)) {
+    if (reduction == Reduction::None && (arguments.options.divisor != 1 || arguments.count)) {
       fail("reduction none has neither divisor nor count");
     }
     BoundProblem bound = bind(arguments);

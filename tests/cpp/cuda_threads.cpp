@@ -388,7 +388,7 @@ Problem problem_of(int64_t numel, const Operand& logits, const Operand& target) 
   problem.logits = logits;
   problem.target = target;
   problem.in_double = logits.dtype == DType::Float64 || target.dtype == DType::Float64;
-  problem.divisor = double(numel ? numel : 1) * 3.0;
+  problem.options.divisor = double(numel ? numel : 1) * 3.0;
   return problem;
 }
 
@@ -740,16 +740,16 @@ void test_count() {
       fill_logits(logits, true);
       fill_target(target);
       Problem problem = problem_of(numel, strided ? logits.strided({2}) : logits.contiguous(), target.contiguous());
-      expect(divisor_of(problem) == problem.divisor, "no count: the divisor alone");
+      expect(divisor_of(problem) == problem.options.divisor, "no count: the divisor alone");
       for (int64_t count : {int64_t(0), int64_t(1), int64_t(7), int64_t(1) << 40}) {
         for (Wanted wanted : {Wanted::Gradient, Wanted::SumAndGradient}) {
           Problem counted = problem;
           counted.count = &count;
           counted.gradient = got.result();
           Problem divided = problem;
-          divided.divisor *= double(count ? count : 1);
+          divided.options.divisor *= double(count ? count : 1);
           divided.gradient = want.result();
-          expect(divisor_of(counted) == divided.divisor, "divisor with a count of %lld", (long long)count);
+          expect(divisor_of(counted) == divided.options.divisor, "divisor with a count of %lld", (long long)count);
           const std::vector<double> sums = run_grid(counted, wanted, 1);
           expect(run_grid(divided, wanted, 1) == sums, "a count changes the sum of a thread");
           expect_same(got, want, describe("count", problem) + ", " + name_of(wanted));
@@ -841,7 +841,7 @@ void test_rows() {
         problem.sizes[1] = columns;
         problem.weight = weight.strided({0, 1});
       }
-      problem.divisor = double(columns ? columns : 1);
+      problem.options.divisor = double(columns ? columns : 1);
       problem.loss = want.result();
       cpu::kernels().rows(problem, columns, 0, count);
 
@@ -857,8 +857,8 @@ void test_rows() {
           expect_near(sum, exact_sum(problem, row * columns, (row + 1) * columns), what);
         } else {
           expect(
-              close(sum / problem.divisor, want.get(row), 1e-13), "%s: %.17g, want %.17g", what.c_str(),
-              sum / problem.divisor, want.get(row));
+              close(sum / problem.options.divisor, want.get(row), 1e-13), "%s: %.17g, want %.17g", what.c_str(),
+              sum / problem.options.divisor, want.get(row));
         }
       }
     }
