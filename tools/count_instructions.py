@@ -115,23 +115,24 @@ def main_loops(binaries: list[Path], arch: str | None = None) -> list[Loop]:
     return loops
 
 
-def built_extension() -> Path:
-    """The library that `import fused_sce` loads."""
-    spec = find_spec("fused_sce._C")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("fused_sce._C is not built; give the path of an object file or library")
-    return Path(spec.origin)
+def built_library() -> Path:
+    """The library of CUDA kernels that `import fused_sce` loads."""
+    spec = find_spec("fused_sce")
+    library = Path(spec.origin or "").parent / "libfused_sce_cuda.so" if spec else None
+    if library is None or not library.exists():
+        raise FileNotFoundError("the CUDA kernels are not built; give the path of an object file or library")
+    return library
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "binaries", type=Path, nargs="*", help="object files or libraries (default: the built extension)"
+        "binaries", type=Path, nargs="*", help="object files or libraries (default: the built CUDA kernels)"
     )
     parser.add_argument("--arch", help="as sm_90; default: all in the file")
     options = parser.parse_args(arguments)
-    loops = main_loops(options.binaries or [built_extension()], options.arch)
+    loops = main_loops(options.binaries or [built_library()], options.arch)
     if not loops:
         print("no kernel with a loop over elements found", file=sys.stderr)
         return 1
