@@ -43,19 +43,14 @@ void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
   choose_logits(problem, [&](auto logits) {
     using Logits = decltype(logits);
     if constexpr (kOutput == Output::SumAndGradient) {
-      const auto with_target = [&](auto target) {
-        using Target = decltype(target);
-        return is_weighted ? action(ContiguousLoop<kOutput, Logits, Target, true>{}, problem)
-                           : action(ContiguousLoop<kOutput, Logits, Target, false>{}, problem);
-      };
       // These loops may read 16-bit logits again when the gradient has already overwritten them. AnyTarget does not.
       const bool loses_logits = sizeof(Logits) == 2 && problem.gradient.data == problem.logits.data;
-      const DType target = problem.target.dtype;
-      if (!loses_logits) {
-        if (target == DType::Bool || target == DType::UInt8) return with_target(ByteTarget{});
-        if (target == DType::Float32) return with_target(float{});
-        if (target == problem.logits.dtype) return with_target(Logits{});
-      }
+      const bool is_chosen = !loses_logits && choose_target<Logits>(problem, [&](auto target) {
+        using Target = decltype(target);
+        is_weighted ? action(ContiguousLoop<kOutput, Logits, Target, true>{}, problem)
+                    : action(ContiguousLoop<kOutput, Logits, Target, false>{}, problem);
+      });
+      if (is_chosen) return;
     }
     action(ContiguousLoop<kOutput, Logits, AnyTarget, true>{}, problem);
   });

@@ -30,7 +30,7 @@ struct ContiguousLoop {
   // once, which saves 6 % of the instructions (bfloat16 logits, uint8 targets, sm_90) but reads logits again after the
   // gradient has been stored.
   static constexpr bool kChecksEachGroup = kAnyTarget && Formula::kRecomputesNonFinite;
-  static constexpr int kMinBlocks = kChecksEachGroup ? 3 : 4;  // launch.h
+  static constexpr int kMinBlocks = kAnyTarget && sizeof(Logits) == 2 ? 3 : 4;  // launch.h
 
   // Makes the output for a thread's range of elements; returns the sum of their losses if that is part of the output.
   FUSED_SCE_INLINE double run(const Problem& problem, TwoPart<T> scale, ThreadRange range) {

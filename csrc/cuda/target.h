@@ -8,13 +8,6 @@
 
 namespace fused_sce::cuda {
 
-// What the formula gets for a target of this value. Every target passes through here, so an option that changes the
-// target (label smoothing, a threshold) is one line here.
-template <class T>
-FUSED_SCE_INLINE T target_of(const Problem&, T value) {
-  return value;
-}
-
 // A target of one byte: uint8 or bool.
 struct ByteTarget {
   uint8_t byte;
@@ -22,6 +15,22 @@ struct ByteTarget {
 
 // A target whose type is known at run time.
 struct AnyTarget {};
+
+// Calls `action` with a value of the target's type, if there are loops for it beside AnyTarget; returns whether.
+template <class Logits, class Action>
+bool choose_target(const Problem& problem, Action&& action) {
+  const DType target = problem.target.dtype;
+  if (target == DType::Bool || target == DType::UInt8) {
+    action(ByteTarget{});
+  } else if (target == DType::Float32) {
+    action(float{});
+  } else if (target == problem.logits.dtype) {
+    action(Logits{});
+  } else {
+    return false;
+  }
+  return true;
+}
 
 // The targets of a group as they were loaded: bits that convert() makes numbers of, so that a thread has loads in
 // flight without waiting for the first.
@@ -101,8 +110,6 @@ FUSED_SCE_INLINE void convert(const Problem& problem, TargetGroup<T, Target, kGr
     }
     unpack(group.pack, targets);
   }
-  FUSED_SCE_UNROLL
-  for (int k = 0; k < kGroup; ++k) targets[k] = target_of(problem, targets[k]);
 }
 
 // A single target of any type and layout.
@@ -113,7 +120,7 @@ FUSED_SCE_INLINE T load_target(const Problem& problem, int64_t offset) {
     using Stored = decltype(tag);
     value = load_as<T>(static_cast<const Stored*>(problem.target.data)[offset]);
   });
-  return target_of(problem, value);
+  return value;
 }
 
 }  // namespace fused_sce::cuda
