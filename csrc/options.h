@@ -4,20 +4,38 @@
 
 #include <cstdint>
 
+#include "formulas/floats.h"
+
 namespace fused_sce {
 
-//   divisor   divides the loss. An integer made of sizes, because it stays symbolic under torch.compile; a float would
-//             recompile for each batch size.
-#define FUSED_SCE_OPTIONS "SymInt divisor=1"
+//   divisor           divides the loss. An integer made of sizes, because it stays symbolic under torch.compile; a
+//   float
+//                     would recompile for each batch size.
+//   label_smoothing   s and
+//   smoothing_prior   p make of a target t the target (1 - s) t + s p.
+#define FUSED_SCE_OPTIONS "SymInt divisor=1, float label_smoothing=0.0, float smoothing_prior=0.5"
 
 struct Options {
   double divisor = 1.0;
+  double label_smoothing = 0.0;
+  double smoothing_prior = 0.5;
 
   // Takes the options from the values of a call.
   template <class Values>
   static Options next(Values& values) {
-    return {double(values.template next<int64_t>())};
+    const int64_t divisor = values.template next<int64_t>();
+    const double label_smoothing = values.template next<double>();
+    return {double(divisor), label_smoothing, values.template next<double>()};
   }
+
+  // Whether a target is not taken as it is.
+  FUSED_SCE_HOST_DEVICE bool changes_target() const { return label_smoothing != 0.0; }
 };
+
+// What the formula gets for a target, rounded to the type computed in.
+template <class T>
+FUSED_SCE_INLINE T changed_target(const Options& options, T target) {
+  return mul_add(T(1.0 - options.label_smoothing), target, T(options.label_smoothing * options.smoothing_prior));
+}
 
 }  // namespace fused_sce

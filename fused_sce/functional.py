@@ -124,6 +124,8 @@ def sigmoid_cross_entropy(
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_prior: float = 0.5,
     inplace: bool = False,
 ) -> Call:
     """Sigmoid cross-entropy with everything the kernels can do.
@@ -135,6 +137,8 @@ def sigmoid_cross_entropy(
         pos_weight: factor of the positive term; broadcasts to the input's shape, usually one value per label.
         reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
             over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
+        label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`, rounded to the dtype computed in.
+        smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's.
         inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Nothing may read
             them afterwards: a backward pass of anything that saved them (torch notices by their version), `backward`
             for a second time, `create_graph=True` and a gradient by target are errors. Logits that are not contiguous,
@@ -146,12 +150,15 @@ def sigmoid_cross_entropy(
 
     Raises:
         TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
-        ValueError: `target`'s shape differs from `input`'s, `reduction` is unknown, or "sum_classes" met a scalar.
+        ValueError: `target`'s shape differs from `input`'s, `reduction` is unknown, "sum_classes" met a scalar, or
+            `label_smoothing` or `smoothing_prior` is not in [0, 1].
         RuntimeError: `weight` or `pos_weight` does not broadcast, tensors are on different devices, or `inplace` would
             overwrite a leaf that requires grad.
     """
     check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
-    return (input, target, weight, pos_weight, None), _reduced(input, reduction), inplace
+    check_smoothing(label_smoothing, smoothing_prior)
+    options = (*_reduced(input, reduction), label_smoothing, smoothing_prior)
+    return (input, target, weight, pos_weight, None), options, inplace
 
 
 @_loss_function
@@ -197,6 +204,17 @@ def multilabel_soft_margin_loss(
     divisor = input.numel() if reduction == "mean" else input.size(-1)
     options = ("rows" if reduction == "none" else "sum", dtype, divisor)
     return (input, target, weight, None, None), options, False
+
+
+def check_smoothing(label_smoothing: float, smoothing_prior: float) -> None:
+    """Check both options of `sigmoid_cross_entropy`.
+
+    Raises:
+        ValueError: One of them is not in [0, 1].
+    """
+    for name, value in (("label_smoothing", label_smoothing), ("smoothing_prior", smoothing_prior)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def _reduced(input: Tensor, reduction: str) -> _autograd.Options:

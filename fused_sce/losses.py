@@ -83,6 +83,8 @@ class SigmoidCrossEntropyLoss(nn.Module):
         pos_weight: factor of the positive term; broadcasts to the input's shape, usually shape (C,). A buffer.
         reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
             over the others.
+        label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`.
+        smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's.
         inplace: the gradient overwrites the memory of the logits, see `fused_sce.functional.sigmoid_cross_entropy`.
 
     Shape:
@@ -90,7 +92,8 @@ class SigmoidCrossEntropyLoss(nn.Module):
         input's shape for reduction "none".
 
     Raises:
-        ValueError: `reduction` is unknown. Errors of a call are those of `fused_sce.functional.sigmoid_cross_entropy`.
+        ValueError: `reduction` is unknown, or `label_smoothing` or `smoothing_prior` is not in [0, 1]. Errors of a call
+            are those of `fused_sce.functional.sigmoid_cross_entropy`.
     """
 
     weight: Tensor | None
@@ -102,13 +105,18 @@ class SigmoidCrossEntropyLoss(nn.Module):
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        smoothing_prior: float = 0.5,
         inplace: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
+        functional.check_smoothing(label_smoothing, smoothing_prior)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
         self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.smoothing_prior = smoothing_prior
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -119,9 +127,14 @@ class SigmoidCrossEntropyLoss(nn.Module):
             weight=_factor(self, "weight"),
             pos_weight=_factor(self, "pos_weight"),
             reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            smoothing_prior=self.smoothing_prior,
             inplace=self.inplace,
         )
 
     def extra_repr(self) -> str:
         """The arguments shown in the module's repr."""
-        return f"reduction={self.reduction!r}" + (", inplace=True" if self.inplace else "")
+        shown = f"reduction={self.reduction!r}"
+        if self.label_smoothing:
+            shown += f", label_smoothing={self.label_smoothing}, smoothing_prior={self.smoothing_prior}"
+        return shown + (", inplace=True" if self.inplace else "")

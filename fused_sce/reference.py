@@ -29,6 +29,8 @@ def sigmoid_cross_entropy(
     reduction: str = "none",
     dtype: torch.dtype | None = None,
     divisor: int = 1,
+    label_smoothing: float = 0.0,
+    smoothing_prior: float = 0.5,
 ) -> Tensor:
     """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`, with `softplus(x) = log1p(exp(x))`.
 
@@ -44,11 +46,13 @@ def sigmoid_cross_entropy(
         reduction: "none", "rows" (sum over the last dimension) or "sum" (over all).
         dtype: of the result; default `result_dtype(input, target)`.
         divisor: divides the loss.
+        label_smoothing: s and
+        smoothing_prior: p make of t the target `(1 - s) t + s p`.
 
     Returns:
         A tensor of shape `input.shape`, `input.shape[:-1]` or ().
     """
-    x, t = _computable(input, target)
+    x, t = _computable(input, target, label_smoothing, smoothing_prior)
     negative = _softplus(x)
     positive = _softplus(-x)
     if pos_weight is not None:
@@ -78,13 +82,15 @@ def gradient_by_input(
     reduction: str,
     dtype: torch.dtype | None,
     divisor: int,
+    label_smoothing: float = 0.0,
+    smoothing_prior: float = 0.5,
 ) -> Tensor:
     """The gradient by the input, differentiable: for second derivatives.
 
     `grad_output` is the gradient of the loss, as it broadcasts to the input's shape; the other arguments are those of
     `sigmoid_cross_entropy`.
     """
-    x, t = _computable(input, target)
+    x, t = _computable(input, target, label_smoothing, smoothing_prior)
     positive = t if pos_weight is None else pos_weight.to(x.dtype) * t
     of_x, of_minus_x = _sigmoids(x)
     upstream = _upstream(grad_output, x.dtype, weight, count, divisor)
@@ -101,17 +107,21 @@ def gradient_by_target(
     reduction: str,
     dtype: torch.dtype | None,
     divisor: int,
+    label_smoothing: float = 0.0,
+    smoothing_prior: float = 0.5,
 ) -> Tensor:
-    """The gradient by the target, `pos_weight softplus(-x) - softplus(x)`; arguments as in `gradient_by_input`."""
-    x, _t = _computable(input, target)
+    """The gradient by the target, `(1 - s) (pos_weight softplus(-x) - softplus(x))`, as in `gradient_by_input`."""
+    x, _t = _computable(input, target, label_smoothing, smoothing_prior)
     by_target = -x if pos_weight is None else pos_weight.to(x.dtype) * _softplus(-x) - _softplus(x)
-    return (_upstream(grad_output, x.dtype, weight, count, divisor) * by_target).to(target.dtype)
+    upstream = _upstream(grad_output, x.dtype, weight, count, divisor)
+    return (upstream * (1 - label_smoothing) * by_target).to(target.dtype)
 
 
-def _computable(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype computed in: float64 if one of them is, else float32."""
+def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -> tuple[Tensor, Tensor]:
+    """Logits and smoothed target in the dtype computed in: float64 if one of them is, else float32."""
     dtype = torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
-    return input.to(dtype), target.to(dtype)
+    t = target.to(dtype)
+    return input.to(dtype), (1 - smoothing) * t + smoothing * prior if smoothing else t
 
 
 def _upstream(

@@ -59,6 +59,14 @@ const T* gather(const Problem& problem, const Operand& operand, int64_t begin, i
   return buffer;
 }
 
+// The targets as the formula gets them, in `buffer` where an option changes them. It may hold them already.
+template <class T>
+const T* change_target(const Options& options, int64_t count, const T* target, T* buffer) {
+  if (!options.changes_target()) return target;
+  for (int64_t i = 0; i < count; ++i) buffer[i] = changed_target(options, target[i]);
+  return buffer;
+}
+
 // Writes an array of T to elements [begin, begin + count) of a result.
 template <class T>
 void scatter(const Result& result, int64_t begin, int64_t count, const T* values) {
@@ -207,7 +215,8 @@ void compute_elements(
     bool want_loss,
     Block<T>& block) {
   const T* logits = gather(problem, problem.logits, begin, count, block.logits);
-  const T* target = gather(problem, problem.target, begin, count, block.target);
+  const T* given_target = gather(problem, problem.target, begin, count, block.target);
+  const T* target = change_target(problem.options, count, given_target, block.target);
   const T* pos_weight =
       problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
 

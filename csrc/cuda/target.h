@@ -16,9 +16,11 @@ struct ByteTarget {
 // A target whose type is known at run time.
 struct AnyTarget {};
 
-// Calls `action` with a value of the target's type, if there are loops for it beside AnyTarget; returns whether.
+// Calls `action` with a value of the target's type, if there are loops for it beside AnyTarget; returns whether. Those
+// take the target as it is: to change it there would cost each of them 1 instruction per element.
 template <class Logits, class Action>
 bool choose_target(const Problem& problem, Action&& action) {
+  if (problem.options.changes_target()) return false;
   const DType target = problem.target.dtype;
   if (target == DType::Bool || target == DType::UInt8) {
     action(ByteTarget{});
@@ -103,7 +105,7 @@ template <class T, class Target, int kGroup>
 FUSED_SCE_INLINE void convert(const Problem& problem, TargetGroup<T, Target, kGroup> group, T (&targets)[kGroup]) {
   if constexpr (std::is_same<Target, AnyTarget>::value) {
     FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) targets[k] = group.values[k];
+    for (int k = 0; k < kGroup; ++k) targets[k] = changed_target(problem.options, group.values[k]);
   } else {
     if constexpr (std::is_same<Target, ByteTarget>::value) {
       if (problem.target.dtype == DType::Bool) make_bool(group.pack);
@@ -120,7 +122,7 @@ FUSED_SCE_INLINE T load_target(const Problem& problem, int64_t offset) {
     using Stored = decltype(tag);
     value = load_as<T>(static_cast<const Stored*>(problem.target.data)[offset]);
   });
-  return value;
+  return changed_target(problem.options, value);
 }
 
 }  // namespace fused_sce::cuda
