@@ -101,11 +101,12 @@ wheel: setup  ## Build wheel and sdist into dist/
 
 # In a folder without the package's sources: what is imported is the wheel.
 TRY := build/try-wheel
+EXTRAS ?= test,examples,bench
 try-wheel:  ## Run all tests on the wheel in dist/, with PYTHON and TORCH of your choice
 	rm -rf $(TRY)
 	$(PYTHON) -m venv $(TRY)
 	$(TRY)/bin/pip install --quiet $(TORCH)
-	$(TRY)/bin/pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[test]"
+	$(TRY)/bin/pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[$(EXTRAS)]"
 	mkdir $(TRY)/source
 	cp -r setup.py pyproject.toml Makefile README.md csrc tests tools benchmarks examples $(TRY)/source
 	cd $(TRY)/source && ../bin/python -m fused_sce && ../bin/python tests/smoke.py && ../bin/python -m pytest $(PYTEST)

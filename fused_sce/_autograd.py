@@ -91,15 +91,15 @@ class SigmoidCrossEntropy(torch.autograd.Function):
         by_input, by_target, _, _ = ctx.needs_input_grad
         if options[0] == "rows":
             grad_output = grad_output.unsqueeze(-1)  # broadcasts to the logits
+        by_kernel = by_input and not torch.is_grad_enabled()
         of_input = of_target = None
-        if by_input and torch.is_grad_enabled():
-            of_input = reference.gradient_by_input(grad_output, *tensors, *options)
-        elif by_input and gradient is not None:
+        if by_target or not by_kernel:
+            wanted = (by_input and not by_kernel, by_target)
+            of_input, of_target = reference.gradients(wanted, grad_output, *tensors, *options)
+        if by_kernel and gradient is not None:
             of_input = _scaled(gradient, grad_output)
-        elif by_input:
+        elif by_kernel:
             of_input = _backward(grad_output, *tensors, *options)
-        if by_target:
-            of_target = reference.gradient_by_target(grad_output, *tensors, *options)
         return of_input, of_target, None, None
 
 

@@ -14,7 +14,8 @@ _NAME = "fused_sce::sigmoid_cross_entropy"
 _op = torch.ops.fused_sce.sigmoid_cross_entropy.default
 
 
-# Fakes: shape and dtype of what an op returns, for torch.compile, torch.export and meta tensors.
+# Fakes: shape and dtype of what an op returns, for torch.compile, torch.export and meta tensors. The ops that write
+# into given memory have none: only plain tensors with memory come to them.
 
 
 @torch.library.register_fake(_NAME)
@@ -28,29 +29,14 @@ def _fake_loss(
 
 @torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_forward")
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _fake_forward_out(*arguments), arguments[0].new_empty(arguments[0].shape)
-
-
-@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_forward_out")
-def _fake_forward_out(*arguments: Any, **_: object) -> Tensor:
     tensors, options = arguments[:5], arguments[5:]
-    loss: Tensor = _fake_loss(*tensors, **dict(zip(_autograd.OPTIONS, options, strict=False)))
-    return loss
+    loss = _fake_loss(*tensors, **dict(zip(_autograd.OPTIONS, options, strict=False)))
+    return loss, arguments[0].new_empty(arguments[0].shape)
 
 
 @torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_backward")
 def _fake_backward(grad_output: Tensor, input: Tensor, *rest: object) -> Tensor:
     return input.new_empty(input.shape)
-
-
-@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_backward_out")
-def _fake_backward_out(*_: object, **__: object) -> None:
-    return None
-
-
-@torch.library.register_fake("fused_sce::_scale_")
-def _fake_scale(self: Tensor, factor: Tensor) -> None:
-    return None
 
 
 # Autograd of the op itself. The functions of fused_sce.functional do not come this way, but compiled and exported

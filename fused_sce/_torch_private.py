@@ -11,37 +11,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _after_autograd_keyset as after_autograd
-from torch._C import _AutoDispatchBelowAutograd as below_autograd
-from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
-from torch._C import _is_tracing as is_tracing  # by torch.jit.trace
-from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
-from torch.nn._reduction import legacy_get_string as legacy_reduction
+from torch.nn import _reduction
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Loss = TypeVar("Loss", bound=Any)
 
-__all__ = [
-    "after_autocast",
-    "after_autograd",
-    "allows_implicit_replication",
-    "below_autograd",
-    "decide_by_options",
-    "direct_call",
-    "is_any_autocast_enabled",
-    "is_differentiating",
-    "is_exporting_to_onnx",
-    "is_forward_mode",
-    "is_plain_eager",
-    "is_tracing",
-    "is_transforming",
-    "legacy_reduction",
-    "refuse_torchscript",
-    "unwrapped",
-]
+after_autograd = torch._C._after_autograd_keyset
+"""The dispatch keys that come after autograd."""
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context in which ops are called past autograd."""
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+is_tracing = torch._C._is_tracing
+"""Whether `torch.jit.trace` is running."""
+is_transforming = torch._C._are_functorch_transforms_active
+"""Whether the call is inside a transform of `torch.func`."""
+legacy_reduction = _reduction.legacy_get_string
+"""The reduction that torch's deprecated `size_average` and `reduce` mean."""
 
 
 def after_autocast(key: str) -> torch._C.DispatchKeySet:
@@ -55,10 +44,6 @@ def direct_call(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return call
 
 
-is_transforming = torch._C._are_functorch_transforms_active
-"""Whether the call is inside a transform of `torch.func`."""
-
-
 def is_forward_mode() -> bool:
     """Whether forward-mode AD is on."""
     return forward_ad._current_level >= 0
@@ -66,7 +51,9 @@ def is_forward_mode() -> bool:
 
 def is_differentiating() -> bool:
     """Whether the call is inside a transform of `torch.func` other than vmap: grad, vjp, jvp, ..."""
-    return is_transforming() and any(level.key() != TransformType.Vmap for level in get_interpreter_stack() or ())
+    return is_transforming() and any(
+        level.key() != _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack() or ()
+    )
 
 
 def is_plain_eager() -> bool:
@@ -82,8 +69,8 @@ def is_plain_eager() -> bool:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor inside the wrappers of `torch.func`'s transforms."""
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
 

@@ -320,4 +320,4 @@ def _can_overwrite(logits: Tensor, target: Tensor) -> bool:
         )
     if target.requires_grad:
         raise RuntimeError("inplace=True has no gradient by target, which the logits are needed for: use inplace=False")
-    return type(logits) is Tensor and logits.is_contiguous()
+    return type(logits) is Tensor and not logits.is_meta and logits.is_contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,19 +12,11 @@ from torch.nn import functional as F
 __all__ = ["MultiClassHead", "MultiLabelHead", "replace_head"]
 
 
-def _kaiming_normal(weight: Tensor) -> None:
-    nn.init.kaiming_normal_(weight, nonlinearity="linear")
-
-
-def _kaiming_uniform(weight: Tensor) -> None:
-    nn.init.kaiming_uniform_(weight, nonlinearity="linear")
-
-
 # "kaiming" with gain 1: no rectifier follows a head (He et al., 2015). "default" keeps what torch.nn.Linear does.
 _INITIALISERS: dict[str, Callable[[Tensor], object]] = {
     "default": lambda weight: None,
-    "kaiming_normal": _kaiming_normal,
-    "kaiming_uniform": _kaiming_uniform,
+    "kaiming_normal": functools.partial(nn.init.kaiming_normal_, nonlinearity="linear"),
+    "kaiming_uniform": functools.partial(nn.init.kaiming_uniform_, nonlinearity="linear"),
     "xavier_normal": nn.init.xavier_normal_,
     "xavier_uniform": nn.init.xavier_uniform_,
     "zeros": nn.init.zeros_,

@@ -10,6 +10,8 @@ Shapes: input and target (any shape, the same for both); weight and pos_weight b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -72,7 +74,8 @@ def sigmoid_cross_entropy(
     return _divided(loss, divisor, count).to(result_dtype(input, target, dtype))
 
 
-def gradient_by_input(
+def gradients(
+    wanted: Sequence[bool],
     grad_output: Tensor,
     input: Tensor,
     target: Tensor,
@@ -84,37 +87,26 @@ def gradient_by_input(
     divisor: int,
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
-) -> Tensor:
-    """The gradient by the input, differentiable: for second derivatives.
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by input and target, as far as they are wanted; differentiable, for second derivatives.
 
-    `grad_output` is the gradient of the loss, as it broadcasts to the input's shape; the other arguments are those of
-    `sigmoid_cross_entropy`.
+    `grad_output` is the gradient of the loss, as it broadcasts to the input's shape. By the target it is
+    `(1 - s) (pos_weight softplus(-x) - softplus(x))`. The other arguments are those of `sigmoid_cross_entropy`.
     """
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
-    positive = t if pos_weight is None else pos_weight.to(x.dtype) * t
-    of_x, of_minus_x = _sigmoids(x)
-    upstream = _upstream(grad_output, x.dtype, weight, count, divisor)
-    return (upstream * ((1 - t) * of_x - positive * of_minus_x)).to(input.dtype)
-
-
-def gradient_by_target(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    count: Tensor | None,
-    reduction: str,
-    dtype: torch.dtype | None,
-    divisor: int,
-    label_smoothing: float = 0.0,
-    smoothing_prior: float = 0.5,
-) -> Tensor:
-    """The gradient by the target, `(1 - s) (pos_weight softplus(-x) - softplus(x))`, as in `gradient_by_input`."""
-    x, _t = _computable(input, target, label_smoothing, smoothing_prior)
-    by_target = -x if pos_weight is None else pos_weight.to(x.dtype) * _softplus(-x) - _softplus(x)
-    upstream = _upstream(grad_output, x.dtype, weight, count, divisor)
-    return (upstream * (1 - label_smoothing) * by_target).to(target.dtype)
+    p = None if pos_weight is None else pos_weight.to(x.dtype)
+    upstream = grad_output.to(x.dtype)
+    if weight is not None:
+        upstream = upstream * weight.to(x.dtype)
+    upstream = _divided(upstream, divisor, count)
+    by_input = by_target = None
+    if wanted[0]:
+        of_x, of_minus_x = _sigmoids(x)
+        by_input = (upstream * ((1 - t) * of_x - (t if p is None else p * t) * of_minus_x)).to(input.dtype)
+    if wanted[1]:
+        derivative = -x if p is None else p * _softplus(-x) - _softplus(x)
+        by_target = (upstream * (1 - label_smoothing) * derivative).to(target.dtype)
+    return by_input, by_target
 
 
 def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -> tuple[Tensor, Tensor]:
@@ -122,14 +114,6 @@ def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -
     dtype = torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
     t = target.to(dtype)
     return input.to(dtype), (1 - smoothing) * t + smoothing * prior if smoothing else t
-
-
-def _upstream(
-    grad_output: Tensor, dtype: torch.dtype, weight: Tensor | None, count: Tensor | None, divisor: int
-) -> Tensor:
-    """What multiplies the derivative of each element's loss."""
-    factor = grad_output.to(dtype)
-    return _divided(factor if weight is None else factor * weight.to(dtype), divisor, count)
 
 
 def _divided(value: Tensor, divisor: int, count: Tensor | None) -> Tensor:

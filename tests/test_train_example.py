@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+torchvision = pytest.importorskip("torchvision")
 import digit_canvases  # noqa: E402
 import label_file  # noqa: E402
 import run_checkpoint  # noqa: E402
