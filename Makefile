@@ -93,11 +93,14 @@ format: setup  ## Rewrite the sources in the project's style
 
 # One file for every torch from 2.11 on and every Python from 3.10 on. auditwheel finds the manylinux tag; torch's libraries
 # stay where they are.
-wheel: setup  ## Build wheel and sdist into dist/
+wheel: setup  ## Build wheel and sdist into dist/, and run a few lines on the wheel
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --no-isolation --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
+	$(BIN)/pip install --quiet --no-deps --target build/wheel/installed dist/*.whl
+	cd build && PYTHONPATH=wheel/installed ../$(BIN)/python ../tests/smoke.py
+	ls -l dist
 
 # In a folder without the package's sources: what is imported is the wheel.
 TRY := build/try-wheel

@@ -3,7 +3,7 @@
     make gpu-check OUT=output/gpu            # or: python tools/gpu_check.py output/gpu
 
 Needs an NVIDIA GPU, its toolkit (nvcc, compute-sanitizer), torch 2.11 or newer with ninja, pytest, mpmath, numpy and
-matplotlib; no network. First the extension is built in place for the GPUs of the machine. Then the GPU-marked tests run
+matplotlib; no network. First the core is built in place for the GPUs of the machine. Then the GPU-marked tests run
 and, at the same time, every kernel once under each of compute-sanitizer's tools. Last the benchmark runs alone. After a
 failed build nothing else runs; any other failure stops no other step. Writes into the folder, which is created if
 necessary:
@@ -99,7 +99,7 @@ def run(step: Step, limit: float) -> Outcome:
 
 
 def build() -> Step:
-    """Compile the extension in place; fails if the CUDA kernels cannot be compiled."""
+    """Compile the core in place; fails if the CUDA kernels cannot be compiled."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     return Step("build", ["env", "FUSED_SCE_CUDA=1", "NVCC_APPEND_FLAGS=--split-compile=0", *command])
 
