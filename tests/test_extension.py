@@ -45,33 +45,25 @@ def test_core_includes_stable_headers_only() -> None:
                 assert header.startswith(("torch/csrc/stable/", "torch/headeronly/")), f"{path} includes {header}"
 
 
-def test_a_core_that_is_not_there_says_so(tmp_path: Path) -> None:
+def error_of_import(folder: Path) -> str:
+    """What `import fused_sce` prints where the package lies in a folder of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", "import fused_sce"]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    return run.stderr
+
+
+def test_a_core_that_is_missing_or_broken_says_so(tmp_path: Path) -> None:
     package = tmp_path / "fused_sce"
     package.mkdir()
     for path in Path(fused_sce.__file__).parent.glob("*.py"):
         shutil.copy(path, package)
-    run = subprocess.run(
-        [sys.executable, "-c", "import fused_sce"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode != 0
-    assert "fused_sce's core is not built" in run.stderr
-    assert "pip install --no-build-isolation" in run.stderr
-
+    error = error_of_import(tmp_path)
+    assert "fused_sce's core is not built" in error
+    assert "pip install --no-build-isolation" in error
     (package / "libfused_sce.so").write_text("no library")
-    run = subprocess.run(
-        [sys.executable, "-c", "import fused_sce"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert f"cannot be loaded into torch {torch.__version__}; it needs torch 2.11 or newer" in run.stderr
+    assert f"cannot be loaded into torch {torch.__version__}; it needs torch 2.11 or newer" in error_of_import(tmp_path)
 
 
 def run_setup(**environment: str) -> subprocess.CompletedProcess[str]:
