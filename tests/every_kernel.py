@@ -48,7 +48,8 @@ def run(shape: tuple[int, int], dtype: torch.dtype, target_dtype: torch.dtype, l
         for reduction in ("rows", "sum"):
             results.append(ops.sigmoid_cross_entropy(*tensors, reduction=reduction, divisor=7))
         total, gradient = ops._sigmoid_cross_entropy_forward(*tensors, reduction="sum", divisor=7)
-        ops._scale_(gradient, torch.tensor(0.5).cuda())
+        if gradient.is_cuda:
+            ops._scale_(gradient, torch.tensor(0.5).cuda())
         results += [total, gradient]
         for upstream in (on_gpu((), torch.float32, 0), on_gpu(shape, dtype, 0)):
             results.append(ops._sigmoid_cross_entropy_backward(upstream, *tensors, divisor=7))
