@@ -3,8 +3,8 @@
     python benchmarks/compare_numerics.py
 
 For t = 0 and t = 1: the largest error of loss and gradient in units in the last place (ULP) of the exact value, and how
-many losses and gradients are lost: returned as 0 though the true value is a nonzero float32. Training stops there silently.
-Prints a Markdown table and writes it as JSON too.
+many losses and gradients are lost: returned as 0 though the true value is a nonzero float32. Training stops there
+silently. Prints a Markdown table and writes it as JSON too.
 """
 
 from __future__ import annotations

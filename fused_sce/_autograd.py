@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_sce import _library as _library  # registers the ops
 from fused_sce import reference
-from fused_sce._torch_private import below_autograd, direct_call
+from fused_sce._torch_private import below_autograd, direct_call, has_memory
 
 _ops = torch.ops.fused_sce
 _loss = _ops.sigmoid_cross_entropy.default
@@ -23,7 +23,7 @@ Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """The first arguments of the ops: input, target, weight, pos_weight, count."""
 
 Options = tuple[Any, ...]
-"""The others in the order of the schema, some of the last may be missing: reduction, dtype, divisor."""
+"""The other arguments in the order of the schema: reduction, dtype, divisor, ... The last ones may be missing."""
 
 OPTIONS = [argument.name for argument in _loss._schema.arguments if argument.kwarg_only]
 """Their names."""
@@ -113,7 +113,7 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, target: Tensor, factors: tuple[Any, ...], options: Options) -> Tensor:
         """The loss."""
         ctx.options = options
-        ctx.gradient = None
+        ctx.gradient, ctx.is_spent = None, False
         if not _makes_gradient(ctx, input, options):
             ctx.save_for_backward(input, target, *factors)
             return _without_graph((input, target, *factors), options)
@@ -130,15 +130,16 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
                 "inplace=True has no second derivative (create_graph=True): the gradient overwrites the logits. "
                 "Use inplace=False"
             )
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None:
-            return _scaled(gradient, grad_output), None, None, None
-        if not ctx.saved_tensors:
+        tensors = ctx.saved_tensors  # once: a checkpoint recomputes them for one reading
+        if ctx.is_spent:
             raise RuntimeError(
                 "inplace=True allows one backward pass: the gradient overwrote the logits and was given away. "
                 "Use inplace=False"
             )
-        tensors = ctx.saved_tensors
+        ctx.is_spent = True
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None:
+            return _scaled(gradient, grad_output), None, None, None
         gradient = tensors[0].detach()
         _backward_out(grad_output, *tensors, *ctx.options, gradient=gradient)
         torch.autograd.graph.increment_version(gradient)
@@ -148,13 +149,13 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient that forward made, times an upstream factor.
 
-    The first backward pass gives this tensor away, scaled where it lies. A later pass over a retained graph computes
-    the gradient anew. The usual factor is 1, which touches no memory; on a GPU the kernel asks, or the host would wait.
+    The first backward pass scales this tensor in place and returns it; a later pass computes it anew. The usual factor
+    is 1, which touches no memory. On a GPU the kernel reads it, because the host would have to wait.
     """
-    may_change = type(gradient) is Tensor and type(factor) is Tensor and not torch.compiler.is_compiling()
+    may_change = type(gradient) is Tensor and has_memory(factor)
     if may_change and gradient.is_cpu:
         return gradient if factor.item() == 1.0 else gradient.mul_(factor)
     if may_change and gradient.is_cuda:
         _scale_(gradient, factor)
         return gradient
-    return gradient * factor.to(gradient.dtype)  # traced, a DTensor, or without values
+    return (gradient * factor).to(gradient.dtype)  # not rounded before the product

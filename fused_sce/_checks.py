@@ -41,8 +41,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
         )
     if target.is_complex():
         raise TypeError(f"target must be real, got dtype {target.dtype}")
-    if target.device != input.device:
-        check_device("target", target, input)
+    check_device("target", target, input)
     if weight is not None:
         check_factor("weight", weight, input)
     if pos_weight is not None:
@@ -93,13 +92,12 @@ def check_factor(name: str, factor: Tensor, input: Tensor) -> None:
         raise RuntimeError(
             f"{name} of shape {tuple(factor.shape)} does not broadcast to input's shape {tuple(input.shape)}"
         )
-    if factor.device != input.device:
-        check_device(name, factor, input)
+    check_device(name, factor, input)
 
 
 def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
     """Check that a tensor lies where the logits do; a scalar tensor may stay on the CPU, as elsewhere in torch."""
-    if not (tensor.dim() == 0 and tensor.device.type == "cpu"):
+    if tensor.device != input.device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but input is on {input.device} and {name} is on "
             f"{tensor.device}"

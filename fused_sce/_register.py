@@ -1,4 +1,4 @@
-"""What the ops mean to torch's other layers, which the stable ABI cannot say: fakes, autograd, autocast and vmap."""
+"""Fake kernels, autograd, autocast and vmap rules: what the stable ABI cannot register."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from fused_sce import _autograd, _checks, _sharding, reference
-from fused_sce._torch_private import after_autocast, after_autograd, is_any_autocast_enabled, is_differentiating
+from fused_sce._torch_private import (
+    after_autocast,
+    after_autograd,
+    is_any_autocast_enabled,
+    is_differentiating,
+    is_forward_mode,
+)
 
 _NAME = "fused_sce::sigmoid_cross_entropy"
 _op = torch.ops.fused_sce.sigmoid_cross_entropy.default
@@ -23,6 +29,7 @@ def _fake_loss(
     input: Tensor, target: Tensor, *rest: Any, reduction: str = "none", dtype: torch.dtype | None = None, **_: object
 ) -> Tensor:
     _checks.check_tensors(input, target, *(*rest, None, None)[:2])
+    _checks.check_reduction(reduction, ("none", "rows", "sum"))
     shape = {"none": input.shape, "rows": input.shape[:-1], "sum": ()}[reduction]
     return input.new_empty(shape, dtype=reference.result_dtype(input, target, dtype))
 
@@ -49,12 +56,12 @@ def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any)
     tensors = (*args, None, None, None)[:5]
     input, target, weight, pos_weight, _ = tensors
     options = tuple(kwargs.get(argument.name, argument.default_value) for argument in _op._schema.arguments[5:])
-    if type(input) is not Tensor:
-        _sharding.register()  # it may be a DTensor
+    if type(input) is not Tensor or type(target) is not Tensor:
+        _sharding.register()  # they may be DTensors
     if torch.is_grad_enabled() and any(factor is not None and factor.requires_grad for factor in (weight, pos_weight)):
         raise RuntimeError("this op has no gradient by weight or pos_weight; fused_sce.functional has")
     try:
-        if is_differentiating():
+        if is_differentiating() or is_forward_mode():
             return reference.sigmoid_cross_entropy(*tensors, *options)
         if _autograd.needs_graph(tensors):
             return _autograd.loss(tensors, options)
@@ -74,7 +81,10 @@ _library.impl("sigmoid_cross_entropy", _autograd_kernel, "Autograd", with_keyset
 
 def autocast_dtype(input: Tensor, target: Tensor) -> torch.dtype | None:
     """The dtype of the loss where autocast decides it; None: elsewhere."""
-    if not (is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)):
+    device = input.device.type
+    if not (
+        is_any_autocast_enabled() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    ):
         return None
     return torch.float64 if target.dtype == torch.float64 else torch.float32
 

@@ -56,6 +56,16 @@ def is_differentiating() -> bool:
     )
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read now: no subclass, not batched by vmap, not traced."""
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._has_storage(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def is_plain_eager() -> bool:
     """Whether no transform, trace, autocast, forward-mode AD or export looks at the call."""
     return not (
@@ -95,7 +105,7 @@ def refuse_torchscript(loss: Loss) -> Loss:
 def decide_by_options(op: torch._ops.OpOverload) -> None:
     """Make DTensor's cache of sharding decisions look at all arguments and options of an op.
 
-    By default it looks at the DTensors alone, and takes a call with `weight` for one with `pos_weight` (torch 2.11).
+    By default it looks at the DTensors alone, and confuses a call with `weight` and one with `pos_weight` (torch 2.11).
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo

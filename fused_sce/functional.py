@@ -38,8 +38,6 @@ __all__ = [
     "sigmoid_cross_entropy",
 ]
 
-_op = torch.ops.fused_sce.sigmoid_cross_entropy.default
-
 Arguments = ParamSpec("Arguments")
 
 Call = tuple[_autograd.Tensors, _autograd.Options, bool]
@@ -64,18 +62,21 @@ def _loss_function(describe: Callable[Arguments, Call]) -> Callable[Arguments, T
         try:
             return _call(*describe(input, target, *args, **kwargs))
         except Exception:
-            arguments = signature.bind(input, target, *args, **kwargs).arguments
-            _explain(input, target, arguments.get("weight"), arguments.get("pos_weight"))
+            _explain(signature, input, target, *args, **kwargs)
             raise
 
     loss.__signature__ = signature  # type: ignore[attr-defined]
     return refuse_torchscript(loss)  # type: ignore[return-value]
 
 
-def _explain(*tensors: Tensor | None) -> None:
+def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
     """Raise the error that says what is wrong with the arguments of a failed call, if that is what made it fail."""
     try:
-        check_tensors(*tensors)  # type: ignore[arg-type]
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return  # what the call itself raised names the function
+    try:
+        check_tensors(*(arguments.get(name) for name in ("input", "target", "weight", "pos_weight")))  # type: ignore[arg-type]
     except Exception as explanation:
         raise explanation from None
 
@@ -128,7 +129,7 @@ def sigmoid_cross_entropy(
     smoothing_prior: float = 0.5,
     inplace: bool = False,
 ) -> Call:
-    """Sigmoid cross-entropy with everything the kernels can do.
+    """Sigmoid cross-entropy with all options of the kernels.
 
     Args:
         input: logits, any shape, float32, float64, bfloat16 or float16.
@@ -197,7 +198,7 @@ def multilabel_soft_margin_loss(
         raise IndexError("input must have a last dimension, the labels, but it is a scalar")
     dtype: torch.dtype | None = None
     mixed = input.dtype != target.dtype or (weight is not None and weight.dtype != input.dtype)
-    if mixed and not torch.is_autocast_enabled(input.device.type):
+    if mixed and autocast_dtype(input, target) is None:
         dtype = torch.promote_types(input.dtype, target.dtype)
         if weight is not None and weight.dim() > 0:
             dtype = torch.promote_types(dtype, weight.dtype)
@@ -210,9 +211,12 @@ def check_smoothing(label_smoothing: float, smoothing_prior: float) -> None:
     """Check both options of `sigmoid_cross_entropy`.
 
     Raises:
+        TypeError: One of them is no number.
         ValueError: One of them is not in [0, 1].
     """
     for name, value in (("label_smoothing", label_smoothing), ("smoothing_prior", smoothing_prior)):
+        if not isinstance(value, float | int | torch.SymFloat):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
 
@@ -229,7 +233,7 @@ def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
 
 
 def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
-    """The loss by the way that fits. The first lines decide for the call that training makes all day."""
+    """Dispatch a call. `is_usual` holds in ordinary training, where each microsecond counts."""
     input, target, weight, pos_weight, _ = tensors
     is_usual = (
         type(input) is Tensor
@@ -281,7 +285,10 @@ def _needs_reference(tensors: _autograd.Tensors) -> bool:
     by_pos_weight = pos_weight is not None and pos_weight.requires_grad
     if (by_weight or by_pos_weight) and torch.is_grad_enabled():
         return True
-    return input.device.type not in _KERNEL_DEVICES and _lacks_kernels(input.device.type)
+    if input.device.type in _KERNEL_DEVICES:
+        return False
+    _warn_without_kernels(input.device.type)
+    return True
 
 
 # meta: shapes only, through the fake kernels
@@ -289,8 +296,8 @@ _KERNEL_DEVICES = ("cpu", "meta", "cuda") if _library.has_cuda_kernels else ("cp
 
 
 @functools.cache
-def _lacks_kernels(device_type: str) -> bool:
-    """True; says once for each device type what that means."""
+def _warn_without_kernels(device_type: str) -> None:
+    """Say once for each device type what it means that there are none."""
     reason = (
         "this build or torch has no CUDA; `python -m fused_sce` shows the build"
         if device_type == "cuda"
@@ -301,7 +308,6 @@ def _lacks_kernels(device_type: str) -> bool:
         f"{reason}",
         stacklevel=2,
     )
-    return True
 
 
 def _can_overwrite(logits: Tensor, target: Tensor) -> bool:
@@ -319,5 +325,7 @@ def _can_overwrite(logits: Tensor, target: Tensor) -> bool:
             "the output of a layer, or use inplace=False"
         )
     if target.requires_grad:
-        raise RuntimeError("inplace=True has no gradient by target, which the logits are needed for: use inplace=False")
-    return type(logits) is Tensor and not logits.is_meta and logits.is_contiguous()
+        raise RuntimeError(
+            "inplace=True has no gradient by target: it overwrites the logits, which that needs. Use inplace=False"
+        )
+    return type(logits) is Tensor and not logits.is_meta and not logits.is_neg() and logits.is_contiguous()

@@ -76,7 +76,7 @@ class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
 
 @refuse_torchscript
 class SigmoidCrossEntropyLoss(nn.Module):
-    """Sigmoid cross-entropy with everything the kernels can do.
+    """Sigmoid cross-entropy with all options of the kernels.
 
     Args:
         weight: factor of each element's loss; broadcasts to the input's shape. A buffer.
@@ -98,6 +98,10 @@ class SigmoidCrossEntropyLoss(nn.Module):
 
     weight: Tensor | None
     pos_weight: Tensor | None
+    # Defaults for pickles of a version without these options.
+    label_smoothing = 0.0
+    smoothing_prior = 0.5
+    inplace = False
 
     def __init__(
         self,

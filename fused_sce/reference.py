@@ -48,8 +48,8 @@ def sigmoid_cross_entropy(
         reduction: "none", "rows" (sum over the last dimension) or "sum" (over all).
         dtype: of the result; default `result_dtype(input, target)`.
         divisor: divides the loss.
-        label_smoothing: s and
-        smoothing_prior: p make of t the target `(1 - s) t + s p`.
+        label_smoothing: s in [0, 1].
+        smoothing_prior: p in [0, 1]; the target t becomes `(1 - s) t + s p`.
 
     Returns:
         A tensor of shape `input.shape`, `input.shape[:-1]` or ().

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_sce
@@ -229,6 +230,53 @@ def test_torch_func_transforms(device: str, loss: Loss) -> None:
 
     hessian = torch.func.hessian(total)(x, t)
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda x: total(x, t), x))
+
+
+def test_batched_backward_scales_what_forward_made(device: str, loss: Loss) -> None:
+    # the first pass over the graph: gradcheck's batched pass is the second
+    x, t = sample(device)
+    value = loss(x, t).sum()
+    upstream = torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64, device=device)
+    (expected,) = torch.autograd.grad(loss(x, t).sum(), x)
+    (batched,) = torch.autograd.grad(value, x, upstream, is_grads_batched=True)
+    torch.testing.assert_close(batched, upstream.reshape(3, 1, 1) * expected)
+    value = loss(x, t).sum()
+    mapped = torch.vmap(lambda factor: torch.autograd.grad(value, x, factor)[0])(upstream)
+    torch.testing.assert_close(mapped, batched)
+    vectorized = torch.autograd.functional.jacobian(lambda x: loss(x, t).sum(), x.detach(), vectorize=True)
+    torch.testing.assert_close(vectorized, expected)
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_make_fx_of_a_training_step(device: str, loss: Loss, mode: str) -> None:
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(x, t).sum() * 3, x)[0]
+
+    x, t = (each.detach() for each in sample(device))
+    program = make_fx(step, tracing_mode=mode)(x, t)
+    torch.testing.assert_close(program(2 * x, t), step(2 * x, t))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("reduction", ["none", "rows", "sum"])
+def test_forward_mode_of_the_bare_op(device: str, place: int, reduction: str) -> None:
+    op = torch.ops.fused_sce.sigmoid_cross_entropy
+    tensors = [torch.rand(4, 5, dtype=torch.float64, device=device) for _ in range(3)]
+    tangent = torch.randn_like(tensors[place])
+
+    def function(moved: Tensor) -> Tensor:
+        return op(*tensors[:place], moved, *tensors[place + 1 :], reduction=reduction)
+
+    step = 1e-6
+    expected = (function(tensors[place] + step * tangent) - function(tensors[place] - step * tangent)) / (2 * step)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(function(forward_ad.make_dual(tensors[place], tangent))).tangent
+    assert got is not None
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+    if place < 2:
+        _, linear = torch.func.linearize(function, tensors[place])
+        torch.testing.assert_close(linear(tangent), expected, rtol=1e-6, atol=1e-8)
 
 
 class FusedCalls(TorchDispatchMode):

@@ -107,6 +107,42 @@ def test_one_backward_pass_without_a_graph() -> None:
         value.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hooks_of_saved_tensors(dtype: torch.dtype, reduction: str) -> None:
+    # under hooks autograd does not look at versions
+    leaf, t = torch.randn(4, 5, dtype=dtype, requires_grad=True), torch.rand(4, 5)
+    (expected,) = torch.autograd.grad(loss_of(leaf, t, reduction, inplace=False).sum(), leaf)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        value = loss_of(leaf * 1, t, reduction, inplace=True).sum()
+    assert torch.equal(torch.autograd.grad(value, leaf, retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match="allows one backward pass"):
+        torch.autograd.grad(value, leaf)
+
+    def step(leaf: Tensor) -> Tensor:
+        return loss_of(leaf * 1, t, reduction, inplace=True).sum()
+
+    recomputed = torch.utils.checkpoint.checkpoint(step, leaf, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(recomputed, leaf)[0], expected)
+
+
+def test_the_version_tells_that_the_logits_changed() -> None:
+    for reduction, after_forward in (("mean", 1), ("none", 0)):
+        logits = torch.randn(4, 5).requires_grad_() * 1
+        value = loss_of(logits, torch.rand(4, 5), reduction, inplace=True).sum()
+        assert logits._version == after_forward
+        value.backward()
+        assert logits._version == 1
+
+
+def test_an_upstream_gradient_in_the_logits_is_refused() -> None:
+    for upstream in (lambda z: z[:, :1].expand(6, 6), lambda z: z.t()):
+        logits = torch.randn(6, 6).requires_grad_() * 1
+        value = loss_of(logits, torch.rand(6, 6), "none", inplace=True)
+        with pytest.raises(RuntimeError, match="overlaps the memory of an argument"):
+            value.backward(upstream(logits.detach()))
+
+
 def test_what_cannot_be_overwritten() -> None:
     leaf, t = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5)
     before = leaf.detach().clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,21 @@ def test_out_of_range(name: str, value: float) -> None:
         fused_sce.SigmoidCrossEntropyLoss(**{name: value})
     with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got {value}"):
         F.sigmoid_cross_entropy(torch.randn(3), torch.rand(3), **{name: value})
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.1), "0.1", None])
+@pytest.mark.parametrize("name", ["label_smoothing", "smoothing_prior"])
+def test_no_number(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {type(value).__name__}"):
+        F.sigmoid_cross_entropy(torch.randn(3), torch.rand(3), **{name: value})
+
+
+def test_modules_pickled_before_there_was_smoothing() -> None:
+    old = fused_sce.SigmoidCrossEntropyLoss()
+    for name in ("label_smoothing", "smoothing_prior", "inplace"):
+        del old.__dict__[name]
+    x, t = torch.randn(3, 4), torch.rand(3, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(old))(x, t), fused_sce.SigmoidCrossEntropyLoss()(x, t))
 
 
 def test_module_shows_and_keeps_it() -> None:

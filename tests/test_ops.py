@@ -254,6 +254,20 @@ def test_meta_tensors(reduction: str) -> None:
     assert x.grad.shape == (4, 5)
 
 
+def test_meta_tensors_of_mixed_dtypes_and_under_autocast() -> None:
+    x, t = torch.empty(4, 5, device="meta"), torch.empty(4, 5, device="meta", dtype=torch.bool)
+    assert F.multilabel_soft_margin_loss(x, t).is_meta
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.binary_cross_entropy_with_logits(x, t).is_meta
+    with pytest.raises(ValueError, match="it must be one of none, rows, sum"):
+        ops.sigmoid_cross_entropy(x, t, reduction="mean")
+
+
+def test_a_misspelt_option_is_named() -> None:
+    with pytest.raises(TypeError, match=r"binary_cross_entropy_with_logits.* 'reductin'"):
+        F.binary_cross_entropy_with_logits(torch.randn(3), torch.rand(3), reductin="sum")
+
+
 def test_direct_call_refuses_a_weight_that_wants_a_gradient() -> None:
     x, weight = torch.randn(3, requires_grad=True), torch.rand(3, requires_grad=True)
     for input in (x, x.detach()):
@@ -291,12 +305,12 @@ def test_memory_given_back_is_noticed(name: str) -> None:
 def test_device_without_kernels_says_so_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a CUDA tensor with a CPU-only build: here the meta device plays the device without kernels
     monkeypatch.setattr(F, "_KERNEL_DEVICES", ("cpu",))
-    F._lacks_kernels.cache_clear()
+    F._warn_without_kernels.cache_clear()
     x, t = torch.randn(3, 4, device="meta"), torch.rand(3, 4, device="meta")
     with pytest.warns(UserWarning, match="right but not fused"):
         loss = fused_sce.BCEWithLogitsLoss()(x, t)
     assert loss.shape == ()
-    F._lacks_kernels.cache_clear()
+    F._warn_without_kernels.cache_clear()
 
 
 LOSSES = [F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss, F.sigmoid_cross_entropy]
