@@ -93,23 +93,8 @@ def binary_cross_entropy_with_logits(
 ) -> Call:
     """Sigmoid cross-entropy: `torch.nn.functional.binary_cross_entropy_with_logits`, in one pass.
 
-    Args:
-        input: logits, any shape, float32, float64, bfloat16 or float16.
-        target: same shape; any floating dtype, bool or integer; usually in [0, 1], not checked.
-        weight: factor of each element's loss; broadcasts to the input's shape.
-        size_average: deprecated, see torch.
-        reduce: deprecated, see torch.
-        reduction: "mean" over all elements, "sum", or "none".
-        pos_weight: factor of the positive term; broadcasts to the input's shape, usually one value per label.
-
-    Returns:
-        The loss: a scalar, or of the input's shape for "none". Its dtype is the target's if that is floating point,
-        else the input's; under autocast float32.
-
-    Raises:
-        TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
-        ValueError: `target`'s shape differs from `input`'s, or `reduction` is unknown.
-        RuntimeError: `weight` or `pos_weight` does not broadcast, or tensors are on different devices.
+    Arguments, result and errors are those of `sigmoid_cross_entropy`, with the reductions "mean", "sum" and "none".
+    `size_average` and `reduce` are deprecated, see torch.
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
@@ -173,12 +158,12 @@ def multilabel_soft_margin_loss(
 ) -> Call:
     """Sigmoid cross-entropy averaged over labels: `torch.nn.functional.multilabel_soft_margin_loss`, in one pass.
 
+    Arguments and errors are those of `sigmoid_cross_entropy`; `size_average` and `reduce` are deprecated, see torch.
+    What differs:
+
     Args:
-        input: logits of shape (N, C) or (..., C), float32, float64, bfloat16 or float16.
-        target: same shape; any floating dtype, bool or integer; usually in [0, 1], not checked.
+        input: logits of shape (N, C) or (..., C).
         weight: factor of each label's loss, shape (C,); anything that broadcasts to the input's shape is taken.
-        size_average: deprecated, see torch.
-        reduce: deprecated, see torch.
         reduction: "mean" over samples, "sum" over samples, or "none".
 
     Returns:
@@ -186,10 +171,7 @@ def multilabel_soft_margin_loss(
         which torch promotes input, target and weight; under autocast float32.
 
     Raises:
-        TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
-        ValueError: `target`'s shape differs from `input`'s, or `reduction` is unknown.
         IndexError: `input` has no dimension.
-        RuntimeError: `weight` does not broadcast, or tensors are on different devices.
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)

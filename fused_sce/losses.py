@@ -26,18 +26,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     A subclass of torch's module: `isinstance` checks, `repr`, state dicts and pickles go on working.
 
-    Args:
-        weight: factor of each element's loss; broadcasts to the input's shape. A buffer.
-        size_average: deprecated, see torch.
-        reduce: deprecated, see torch.
-        reduction: "mean", "sum" or "none".
-        pos_weight: factor of the positive term; broadcasts to the input's shape, usually shape (C,). A buffer.
-
-    Shape:
-        input (any shape, floating point), target (same shape; floating point, bool or integer) -> scalar, or the
-        input's shape for reduction "none".
-
-    Errors are those of `fused_sce.functional.binary_cross_entropy_with_logits`.
+    `weight` and `pos_weight` are buffers. All arguments, shapes and errors are those of
+    `fused_sce.functional.binary_cross_entropy_with_logits`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -55,17 +45,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
     """Drop-in for `torch.nn.MultiLabelSoftMarginLoss`: one pass over memory instead of 21.
 
-    Args:
-        weight: factor of each label's loss, shape (C,). A buffer.
-        size_average: deprecated, see torch.
-        reduce: deprecated, see torch.
-        reduction: "mean", "sum" or "none".
-
-    Shape:
-        input (N, C) floating point, target (N, C) floating point, bool or integer -> scalar, or (N,) for reduction
-        "none".
-
-    Errors are those of `fused_sce.functional.multilabel_soft_margin_loss`.
+    `weight` is a buffer. All arguments, shapes and errors are those of
+    `fused_sce.functional.multilabel_soft_margin_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -78,22 +59,11 @@ class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
 class SigmoidCrossEntropyLoss(nn.Module):
     """Sigmoid cross-entropy with all options of the kernels.
 
-    Args:
-        weight: factor of each element's loss; broadcasts to the input's shape. A buffer.
-        pos_weight: factor of the positive term; broadcasts to the input's shape, usually shape (C,). A buffer.
-        reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
-            over the others.
-        label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`.
-        smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's.
-        inplace: the gradient overwrites the memory of the logits, see `fused_sce.functional.sigmoid_cross_entropy`.
-
-    Shape:
-        input (any shape, floating point), target (same shape; floating point, bool or integer) -> scalar, or the
-        input's shape for reduction "none".
+    `weight` and `pos_weight` are buffers. All arguments, shapes and errors of a call are those of
+    `fused_sce.functional.sigmoid_cross_entropy`.
 
     Raises:
-        ValueError: `reduction` is unknown, or `label_smoothing` or `smoothing_prior` is not in [0, 1]. Errors of a call
-            are those of `fused_sce.functional.sigmoid_cross_entropy`.
+        ValueError: `reduction` is unknown, or `label_smoothing` or `smoothing_prior` is not in [0, 1].
     """
 
     weight: Tensor | None
