@@ -158,13 +158,9 @@ def multilabel_soft_margin_loss(
 ) -> Call:
     """Sigmoid cross-entropy averaged over labels: `torch.nn.functional.multilabel_soft_margin_loss`, in one pass.
 
-    Arguments and errors are those of `sigmoid_cross_entropy`; `size_average` and `reduce` are deprecated, see torch.
-    What differs:
-
-    Args:
-        input: logits of shape (N, C) or (..., C).
-        weight: factor of each label's loss, shape (C,); anything that broadcasts to the input's shape is taken.
-        reduction: "mean" over samples, "sum" over samples, or "none".
+    Arguments and errors are those of `sigmoid_cross_entropy`, but for logits of shape (N, C) or (..., C), a factor
+    `weight` of each label, usually of shape (C,), and the reductions "mean" over samples, "sum" over samples and "none".
+    `size_average` and `reduce` are deprecated, see torch.
 
     Returns:
         The loss: a scalar, or of shape (N,) (`input.shape[:-1]`) for "none": one value per sample. Its dtype is that to
