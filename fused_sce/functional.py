@@ -159,7 +159,7 @@ def multilabel_soft_margin_loss(
     """Sigmoid cross-entropy averaged over labels: `torch.nn.functional.multilabel_soft_margin_loss`, in one pass.
 
     Arguments and errors are those of `sigmoid_cross_entropy`, but for logits of shape (N, C) or (..., C), a factor
-    `weight` of each label, usually of shape (C,), and the reductions "mean" over samples, "sum" over samples and "none".
+    `weight` of each label, usually of shape (C,), and the reductions "mean" and "sum" over samples and "none".
     `size_average` and `reduce` are deprecated, see torch.
 
     Returns:
