@@ -101,7 +101,7 @@ int main(int argc, char** argv) {
   }
   const int rounds = argc == 5 ? std::atoi(argv[4]) : kRounds;
   int found = 0;
-  for (int rank = 0; const cpu::Kernels* kernels = cpu::runnable_kernels(rank); ++rank) {
+  for (const cpu::Kernels* kernels : cpu::runnable_kernels()) {
     for (const Types& types : kTypes) {
       for (const bool gradient : {false, true}) {
         const std::string job = gradient ? "gradient" : "loss";
@@ -117,6 +117,7 @@ int main(int argc, char** argv) {
       }
     }
   }
-  if (found == 0) std::fprintf(stderr, "nothing here of that name; instruction sets: %s\n", cpu::available_isas());
+  if (found == 0)
+    std::fprintf(stderr, "nothing here of that name; instruction sets: %s\n", cpu::available_isas().c_str());
   return found > 0 ? 0 : 2;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "formulas/floats.h"
 
@@ -75,50 +76,30 @@ FUSED_SCE_INLINE Float16 to_float16(float value) {
 // Converts one element of any type to the type computed in (float or double).
 template <class T, class From>
 FUSED_SCE_INLINE T load_as(From value) {
-  return T(value);
-}
-template <class T>
-FUSED_SCE_INLINE T load_as(BFloat16 value) {
-  return T(to_float(value));
-}
-template <class T>
-FUSED_SCE_INLINE T load_as(Float16 value) {
-  return T(to_float(value));
-}
-template <class T>
-FUSED_SCE_INLINE T load_as(Bool value) {
-  return value.byte ? T(1) : T(0);
+  if constexpr (std::is_same_v<From, BFloat16> || std::is_same_v<From, Float16>) {
+    return T(to_float(value));
+  } else if constexpr (std::is_same_v<From, Bool>) {
+    return value.byte ? T(1) : T(0);
+  } else {
+    return T(value);
+  }
 }
 
 // Converts a result to the type it is stored in. A double becomes 16 bits through float: it is rounded twice, which for
 // about one of 2^13 values gives the neighbour of the nearest value.
-template <class To>
-struct StoreAs;
-template <>
-struct StoreAs<float> {
-  FUSED_SCE_INLINE float from(double value) { return float(value); }
-  FUSED_SCE_INLINE float from(float value) { return value; }
-};
-template <>
-struct StoreAs<double> {
-  FUSED_SCE_INLINE double from(double value) { return value; }
-  FUSED_SCE_INLINE double from(float value) { return double(value); }
-};
-template <>
-struct StoreAs<BFloat16> {
-  FUSED_SCE_INLINE BFloat16 from(double value) { return to_bfloat16(float(value)); }
-  FUSED_SCE_INLINE BFloat16 from(float value) { return to_bfloat16(value); }
-};
-template <>
-struct StoreAs<Float16> {
-  FUSED_SCE_INLINE Float16 from(double value) { return to_float16(float(value)); }
-  FUSED_SCE_INLINE Float16 from(float value) { return to_float16(value); }
-};
+template <class To, class T>
+FUSED_SCE_INLINE To store_as(T value) {
+  if constexpr (std::is_same_v<To, BFloat16>) {
+    return to_bfloat16(float(value));
+  } else if constexpr (std::is_same_v<To, Float16>) {
+    return to_float16(float(value));
+  } else {
+    return To(value);
+  }
+}
 
 // Calls `action` with a value of the storage type that `dtype` names.
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable  // `action` may be a host function
-#endif
+FUSED_SCE_CALLS_BACK
 template <class Action>
 FUSED_SCE_INLINE void visit(DType dtype, Action&& action) {
   switch (dtype) {
@@ -136,9 +117,7 @@ FUSED_SCE_INLINE void visit(DType dtype, Action&& action) {
 }
 
 // As visit, for the types of results.
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
+FUSED_SCE_CALLS_BACK
 template <class Action>
 FUSED_SCE_INLINE void visit_floating(DType dtype, Action&& action) {
   switch (dtype) {

@@ -8,11 +8,10 @@
 
 namespace fused_sce {
 
-//   divisor           divides the loss. An integer made of sizes, because it stays symbolic under torch.compile; a
-//   float
-//                     would recompile for each batch size.
-//   label_smoothing   s and
-//   smoothing_prior   p make of a target t the target (1 - s) t + s p.
+//   divisor           divides the loss. An integer, because those stay symbolic under torch.compile: a float would
+//                     recompile for each batch size.
+//   label_smoothing   (s)
+//   smoothing_prior   (p) A target t becomes (1 - s) t + s p.
 #define FUSED_SCE_OPTIONS "SymInt divisor=1, float label_smoothing=0.0, float smoothing_prior=0.5"
 
 struct Options {
@@ -29,7 +28,7 @@ struct Options {
   }
 
   // Whether a target is not taken as it is.
-  FUSED_SCE_HOST_DEVICE bool changes_target() const { return label_smoothing != 0.0; }
+  FUSED_SCE_MEMBER bool changes_target() const { return label_smoothing != 0.0; }
 };
 
 // What the formula gets for a target, rounded to the type computed in.

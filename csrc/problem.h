@@ -20,7 +20,7 @@ struct Operand {
   bool contiguous = false;  // element i of the problem is data[i]; strides are then not read
   int64_t strides[kMaxDims] = {};
 
-  FUSED_SCE_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+  FUSED_SCE_MEMBER explicit operator bool() const { return data != nullptr; }
 };
 
 // One output, contiguous.
@@ -28,7 +28,7 @@ struct Result {
   void* data = nullptr;  // null: not wanted
   DType dtype = DType::Float32;
 
-  FUSED_SCE_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+  FUSED_SCE_MEMBER explicit operator bool() const { return data != nullptr; }
 };
 
 // A loss over `numel` elements in row-major order of `sizes`. Which results are set says what to compute:

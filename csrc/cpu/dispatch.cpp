@@ -1,8 +1,6 @@
 // Chooses the instruction set, once per process.
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "kernels.h"
 
@@ -20,15 +18,12 @@ extern const Kernels kKernels;
 }
 #endif
 
-namespace {
-
-// The kernels that this processor can run, best first.
-const std::vector<const Kernels*>& runnable() {
+const std::vector<const Kernels*>& runnable_kernels() {
   static const std::vector<const Kernels*> list = [] {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(&avx512::kKernels);
@@ -41,27 +36,20 @@ const std::vector<const Kernels*>& runnable() {
   return list;
 }
 
-const Kernels& choose() {
+std::string available_isas() {
+  std::string names;
+  for (const Kernels* kernels : runnable_kernels()) names += (names.empty() ? "" : " ") + std::string(kernels->isa);
+  return names;
+}
+
+static const Kernels& choose() {
   const char* wanted = std::getenv("FUSED_SCE_ISA");
-  if (!wanted || !*wanted) return *runnable().front();
-  for (const Kernels* kernels : runnable()) {
+  if (!wanted || !*wanted) return *runnable_kernels().front();
+  for (const Kernels* kernels : runnable_kernels()) {
     if (std::string(wanted) == kernels->isa) return *kernels;
   }
   throw std::invalid_argument(
       std::string("FUSED_SCE_ISA=") + wanted + ": this build and processor offer " + available_isas());
-}
-
-}  // namespace
-
-const Kernels* runnable_kernels(int rank) { return size_t(rank) < runnable().size() ? runnable()[rank] : nullptr; }
-
-const char* available_isas() {
-  static const std::string names = [] {
-    std::string joined;
-    for (const Kernels* kernels : runnable()) joined += (joined.empty() ? "" : " ") + std::string(kernels->isa);
-    return joined;
-  }();
-  return names.c_str();
 }
 
 const Kernels& kernels() {

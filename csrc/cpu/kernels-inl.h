@@ -1,11 +1,33 @@
-// The CPU kernels, compiled once per instruction set: the including file defines FUSED_SCE_ISA and opens the compiler's
-// target region. Do not include a standard header here for the first time: the compiler would build its inline
-// functions for that instruction set, and the linker could use them on machines without it.
+// The CPU kernels, compiled once per instruction set: the including file defines FUSED_SCE_ISA, and FUSED_SCE_TARGET if
+// the compiler's own target is not meant.
 //
 // Elements are processed in blocks of kBlock. Operands that are not arrays of the computing type are gathered into
 // buffers, loops over plain arrays compute loss and gradient (the compiler vectorises them; there are no intrinsics),
 // and results of another type are scattered. So every type, stride and broadcast costs one small loop, and the formula
 // is compiled once, not once per combination.
+
+// Every standard header comes before the target region. Inside, the compiler would build its inline functions for that
+// instruction set, and the linker could use them on machines without it.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define FUSED_SCE_STRING_(name) #name
+#define FUSED_SCE_STRING(name) FUSED_SCE_STRING_(name)
+#define FUSED_SCE_PRAGMA_(...) _Pragma(#__VA_ARGS__)
+#define FUSED_SCE_PRAGMA(...) FUSED_SCE_PRAGMA_(__VA_ARGS__)
+
+#if defined(FUSED_SCE_TARGET) && defined(__clang__)
+FUSED_SCE_PRAGMA(clang attribute push(__attribute__((target(FUSED_SCE_TARGET))), apply_to = function))
+#elif defined(FUSED_SCE_TARGET)
+FUSED_SCE_PRAGMA(GCC push_options)
+FUSED_SCE_PRAGMA(GCC target(FUSED_SCE_TARGET))
+#endif
+
+#include "kernels.h"
 
 namespace fused_sce::cpu::FUSED_SCE_ISA {
 namespace {
@@ -24,20 +46,12 @@ void copy_run(const From* from, int64_t stride, int64_t count, T* to) {
 }
 
 template <class T>
-struct DTypeOf;
-template <>
-struct DTypeOf<float> {
-  static constexpr DType value = DType::Float32;
-};
-template <>
-struct DTypeOf<double> {
-  static constexpr DType value = DType::Float64;
-};
+constexpr DType kDTypeOf = std::is_same_v<T, double> ? DType::Float64 : DType::Float32;
 
 // Elements [begin, begin + count) of an operand as an array of T: the operand itself if it is one, else `buffer`.
 template <class T>
 const T* gather(const Problem& problem, const Operand& operand, int64_t begin, int64_t count, T* buffer) {
-  if (operand.contiguous && operand.dtype == DTypeOf<T>::value) return static_cast<const T*>(operand.data) + begin;
+  if (operand.contiguous && operand.dtype == kDTypeOf<T>) return static_cast<const T*>(operand.data) + begin;
   visit(operand.dtype, [&](auto tag) {
     using From = decltype(tag);
     const From* data = static_cast<const From*>(operand.data);
@@ -73,7 +87,7 @@ void scatter(const Result& result, int64_t begin, int64_t count, const T* values
   visit_floating(result.dtype, [&](auto tag) {
     using To = decltype(tag);
     To* to = static_cast<To*>(result.data) + begin;
-    for (int64_t i = 0; i < count; ++i) to[i] = StoreAs<To>::from(values[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = store_as<To>(values[i]);
   });
 }
 
@@ -100,6 +114,20 @@ FUSED_SCE_INLINE void fetch(Upcoming upcoming, int64_t first) {
   }
 }
 
+// The work of one block: arrays of `count` <= kBlock elements. The results must not overlap the inputs.
+template <class T>
+struct Work {
+  int64_t count;
+  const T* logits;
+  const T* target;
+  const T* pos_weight;  // null: 1
+  TwoPart<T> scale;     // of the gradient
+  T* loss;              // null: not wanted
+  T* gradient;          // null: not wanted
+  Upcoming next_logits;
+  Upcoming next_target;
+};
+
 // The third loop of `compute`, over exp(-|x|) = upper + lower.
 template <class T, bool kPosWeight, bool kLoss, bool kGradient>
 FUSED_SCE_INLINE void loss_and_gradient(
@@ -120,7 +148,7 @@ FUSED_SCE_INLINE void loss_and_gradient(
   }
 }
 
-// The formula over arrays of at most kBlock elements. The results must not overlap the inputs.
+// The formula over arrays.
 //
 // Three loops are faster than one. The whole formula is a dependency chain of more than 100 cycles and 90 instructions.
 // A processor's reorder window holds little more than one such iteration, so the latency of the chain decides. The
@@ -131,60 +159,36 @@ FUSED_SCE_INLINE void loss_and_gradient(
 // 1.75, without a gradient 1.01 instead of 1.41. Prefetching in the first loop, which waits for memory itself, was
 // slower (1.5 to 2.0). Prefetching the gradient too gained 2 % more.
 template <class T, bool kPosWeight, bool kLoss, bool kGradient>
-void compute(
-    int64_t count,
-    const T* __restrict__ logits,
-    const T* __restrict__ target,
-    const T* __restrict__ pos_weight,
-    TwoPart<T> scale,
-    T* __restrict__ loss,
-    T* __restrict__ gradient,
-    Upcoming next_logits,
-    Upcoming next_target) {
+void compute(const Work<T>& work) {
   alignas(64) T upper[kBlock];
   alignas(64) T lower[kBlock];
-  for (int64_t i = 0; i < count; ++i) {
-    const ReducedArgument<T> reduced = reduce_argument(logits[i]);
+  for (int64_t i = 0; i < work.count; ++i) {
+    const ReducedArgument<T> reduced = reduce_argument(work.logits[i]);
     upper[i] = reduced.remainder;
     lower[i] = reduced.scale;
   }
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < work.count; ++i) {
     const TwoPart<T> e = exp_of(ReducedArgument<T>{upper[i], lower[i]});
     upper[i] = e.upper;
     lower[i] = e.lower;
   }
-  const auto third_loop = [&](int64_t begin, int64_t size) {
+  const auto third_loop = [&](int64_t begin, int64_t count) {
     loss_and_gradient<T, kPosWeight, kLoss, kGradient>(
-        size, logits + begin, target + begin, kPosWeight ? pos_weight + begin : nullptr, upper + begin, lower + begin,
-        scale, loss + begin, gradient + begin);
+        count, work.logits + begin, work.target + begin, kPosWeight ? work.pos_weight + begin : nullptr, upper + begin,
+        lower + begin, work.scale, kLoss ? work.loss + begin : nullptr, kGradient ? work.gradient + begin : nullptr);
   };
   int64_t begin = 0;
-  for (; begin + kPrefetchStep <= count; begin += kPrefetchStep) {
-    fetch(next_logits, begin);
-    fetch(next_target, begin);
+  for (; begin + kPrefetchStep <= work.count; begin += kPrefetchStep) {
+    fetch(work.next_logits, begin);
+    fetch(work.next_target, begin);
     third_loop(begin, kPrefetchStep);
   }
-  third_loop(begin, count - begin);
+  third_loop(begin, work.count - begin);
 }
 
 template <class T, bool kLoss, bool kGradient>
-void compute_block(
-    int64_t count,
-    const T* logits,
-    const T* target,
-    const T* pos_weight,
-    TwoPart<T> scale,
-    T* loss,
-    T* gradient,
-    Upcoming next_logits,
-    Upcoming next_target) {
-  if (pos_weight) {
-    compute<T, true, kLoss, kGradient>(
-        count, logits, target, pos_weight, scale, loss, gradient, next_logits, next_target);
-  } else {
-    compute<T, false, kLoss, kGradient>(
-        count, logits, target, pos_weight, scale, loss, gradient, next_logits, next_target);
-  }
+void compute_block(const Work<T>& work) {
+  work.pos_weight ? compute<T, true, kLoss, kGradient>(work) : compute<T, false, kLoss, kGradient>(work);
 }
 
 template <class T>
@@ -214,41 +218,39 @@ void compute_elements(
     int64_t count,
     bool want_loss,
     Block<T>& block) {
-  const T* logits = gather(problem, problem.logits, begin, count, block.logits);
-  const T* given_target = gather(problem, problem.target, begin, count, block.target);
-  const T* target = change_target(problem.options, count, given_target, block.target);
-  const T* pos_weight =
-      problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
+  // Not directly into the memory of the logits: the results of `compute` must not overlap its inputs.
+  const bool direct = problem.gradient.dtype == kDTypeOf<T> && problem.gradient.data != problem.logits.data;
+  T* const own_gradient = direct ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
+  const T* target = gather(problem, problem.target, begin, count, block.target);
 
-  const Upcoming next_logits = upcoming(problem, problem.logits, begin + kBlock);
-  const Upcoming next_target = upcoming(problem, problem.target, begin + kBlock);
-  const bool want_gradient = bool(problem.gradient);
-  // Not directly into the memory of the logits: compute's arrays must not overlap.
-  const bool direct =
-      want_gradient && problem.gradient.dtype == DTypeOf<T>::value && problem.gradient.data != problem.logits.data;
-  T* gradient = direct ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
-  if (want_loss && want_gradient) {
-    compute_block<T, true, true>(
-        count, logits, target, pos_weight, scale, block.loss, gradient, next_logits, next_target);
-  } else if (want_gradient) {
-    compute_block<T, false, true>(
-        count, logits, target, pos_weight, scale, block.loss, gradient, next_logits, next_target);
+  Work<T> work;
+  work.count = count;
+  work.logits = gather(problem, problem.logits, begin, count, block.logits);
+  work.target = change_target(problem.options, count, target, block.target);
+  work.pos_weight = problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
+  work.scale = scale;
+  work.loss = want_loss ? block.loss : nullptr;
+  work.gradient = problem.gradient ? own_gradient : nullptr;
+  work.next_logits = upcoming(problem, problem.logits, begin + kBlock);
+  work.next_target = upcoming(problem, problem.target, begin + kBlock);
+  if (!work.gradient) {
+    compute_block<T, true, false>(work);
+  } else if (want_loss) {
+    compute_block<T, true, true>(work);
   } else {
-    compute_block<T, true, false>(
-        count, logits, target, pos_weight, scale, block.loss, gradient, next_logits, next_target);
+    compute_block<T, false, true>(work);
   }
 
   if (problem.weight) {
     const T* weight = gather(problem, problem.weight, begin, count, block.weight);
-    if (want_loss) multiply(count, weight, block.loss);
-    if (want_gradient) multiply(count, weight, gradient);
+    if (work.loss) multiply(count, weight, work.loss);
+    if (work.gradient) multiply(count, weight, work.gradient);
   }
-  if (want_gradient) {
-    if (problem.upstream) {
-      multiply(count, gather(problem, problem.upstream, begin, count, block.upstream), gradient);
-    }
-    if (!direct) scatter(problem.gradient, begin, count, gradient);
+  if (!work.gradient) return;
+  if (problem.upstream) {
+    multiply(count, gather(problem, problem.upstream, begin, count, block.upstream), work.gradient);
   }
+  if (!direct) scatter(problem.gradient, begin, count, work.gradient);
 }
 
 // A running sum in sixteen float64 lanes. Sixteen fill the widest vector unit, and all units get the same sum.
@@ -320,23 +322,14 @@ void rows_as(const Problem& problem, int64_t columns, int64_t begin, int64_t end
 }
 
 void chunks(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
-  if (problem.in_double) {
-    chunks_as<double>(problem, begin, end, partial_sums);
-  } else {
-    chunks_as<float>(problem, begin, end, partial_sums);
-  }
+  const auto run = problem.in_double ? chunks_as<double> : chunks_as<float>;
+  run(problem, begin, end, partial_sums);
 }
 
 void rows(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
-  if (problem.in_double) {
-    rows_as<double>(problem, columns, begin, end);
-  } else {
-    rows_as<float>(problem, columns, begin, end);
-  }
+  const auto run = problem.in_double ? rows_as<double> : rows_as<float>;
+  run(problem, columns, begin, end);
 }
-
-#define FUSED_SCE_STRING_(name) #name
-#define FUSED_SCE_STRING(name) FUSED_SCE_STRING_(name)
 
 }  // namespace
 
@@ -344,3 +337,9 @@ extern const Kernels kKernels;
 const Kernels kKernels = {FUSED_SCE_STRING(FUSED_SCE_ISA), chunks, rows};
 
 }  // namespace fused_sce::cpu::FUSED_SCE_ISA
+
+#if defined(FUSED_SCE_TARGET) && defined(__clang__)
+FUSED_SCE_PRAGMA(clang attribute pop)
+#elif defined(FUSED_SCE_TARGET)
+FUSED_SCE_PRAGMA(GCC pop_options)
+#endif

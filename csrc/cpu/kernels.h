@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "../formulas/loss.h"
 #include "../problem.h"
@@ -28,7 +30,7 @@ struct Kernels {
   void (*rows)(const Problem& problem, int64_t columns, int64_t begin, int64_t end);
 };
 
-inline int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+FUSED_SCE_INLINE int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 // Adds the partial sums pairwise, in an order that depends on `count` alone.
 double add_pairwise(const double* partial_sums, int64_t count);
@@ -37,10 +39,10 @@ double add_pairwise(const double* partial_sums, int64_t count);
 // std::invalid_argument if the name is unknown or the processor lacks the instruction set.
 const Kernels& kernels();
 
-// The kernels that this processor can run, best first: rank 0, 1, …; null past the last.
-const Kernels* runnable_kernels(int rank);
+// The kernels that this processor can run, best first.
+const std::vector<const Kernels*>& runnable_kernels();
 
 // Their names, separated by spaces.
-const char* available_isas();
+std::string available_isas();
 
 }  // namespace fused_sce::cpu

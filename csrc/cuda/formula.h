@@ -59,7 +59,7 @@ template <class Formula>
 class GroupSum {
  public:
   // `loss`: by Formula::compute(), before it is multiplied by the weight.
-  FUSED_SCE_HOST_DEVICE void add(
+  FUSED_SCE_MEMBER void add(
       typename Formula::T loss,
       typename Formula::T logit,
       typename Formula::T target,
@@ -76,7 +76,7 @@ class GroupSum {
     }
   }
 
-  FUSED_SCE_HOST_DEVICE double value() const {
+  FUSED_SCE_MEMBER double value() const {
     return Formula::kRecomputesNonFinite && !is_finite(sum_) ? recomputed_ : double(sum_);
   }
 

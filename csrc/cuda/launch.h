@@ -71,8 +71,8 @@ struct ThreadRange {
   int64_t threads;
 
   // Start of the thread's first group, and the distance to its next one.
-  FUSED_SCE_HOST_DEVICE int64_t first(int group) const { return begin + thread * group; }
-  FUSED_SCE_HOST_DEVICE int64_t stride(int group) const { return threads * group; }
+  FUSED_SCE_MEMBER int64_t first(int group) const { return begin + thread * group; }
+  FUSED_SCE_MEMBER int64_t stride(int group) const { return threads * group; }
 };
 
 // All elements, divided among `threads`. A thread beyond those has none.

@@ -8,15 +8,6 @@
 #include "../dtypes.h"
 #include "../problem.h"
 
-// A loop over a group must be unrolled completely: an array that is indexed at run time would lie in memory.
-#if defined(__CUDACC__)
-#define FUSED_SCE_UNROLL _Pragma("unroll")
-#define FUSED_SCE_NO_UNROLL _Pragma("unroll 1")
-#else
-#define FUSED_SCE_UNROLL
-#define FUSED_SCE_NO_UNROLL
-#endif
-
 namespace fused_sce::cuda {
 
 // A group of neighbours as it lies in memory, aligned for wide loads (of 16 bytes; a larger group takes several). Words
@@ -78,7 +69,7 @@ FUSED_SCE_INLINE void store_pack(Stored* data, int64_t i, int count, bool wide, 
   if (wide) {
     Stored stored[kGroup];
     FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) stored[k] = StoreAs<Stored>::from(values[k]);
+    for (int k = 0; k < kGroup; ++k) stored[k] = store_as<Stored>(values[k]);
     Pack<Stored, kGroup> pack;
     memcpy(&pack, stored, sizeof(pack));
     *reinterpret_cast<Pack<Stored, kGroup>*>(to) = pack;
@@ -86,7 +77,7 @@ FUSED_SCE_INLINE void store_pack(Stored* data, int64_t i, int count, bool wide, 
   }
   FUSED_SCE_UNROLL
   for (int k = 0; k < kGroup; ++k) {
-    if (k < count) to[k] = StoreAs<Stored>::from(values[k]);
+    if (k < count) to[k] = store_as<Stored>(values[k]);
   }
 }
 
@@ -121,7 +112,7 @@ template <class T>
 FUSED_SCE_INLINE void store_element(const Result& result, int64_t offset, T value) {
   visit_floating(result.dtype, [&](auto tag) {
     using Stored = decltype(tag);
-    static_cast<Stored*>(result.data)[offset] = StoreAs<Stored>::from(value);
+    static_cast<Stored*>(result.data)[offset] = store_as<Stored>(value);
   });
 }
 

@@ -4,6 +4,7 @@
 // (-ffp-contract=off). So a CPU with fused multiply-add and a GPU compute the same bits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -12,21 +13,10 @@
 namespace fused_sce {
 
 // a b + c, rounded once where FUSED_SCE_HAS_FMA is 1, else twice.
-FUSED_SCE_INLINE float mul_add(float a, float b, float c) {
-#if defined(__CUDA_ARCH__)
-  return __fmaf_rn(a, b, c);
-#elif FUSED_SCE_HAS_FMA
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-FUSED_SCE_INLINE double mul_add(double a, double b, double c) {
-#if defined(__CUDA_ARCH__)
-  return __fma_rn(a, b, c);
-#elif FUSED_SCE_HAS_FMA
-  return __builtin_fma(a, b, c);
+template <class T>
+FUSED_SCE_INLINE T mul_add(T a, T b, T c) {
+#if FUSED_SCE_HAS_FMA
+  return std::fma(a, b, c);
 #else
   return a * b + c;
 #endif

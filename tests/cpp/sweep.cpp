@@ -103,12 +103,6 @@ struct Report {
   }
 };
 
-std::vector<const cpu::Kernels*> all_kernels() {
-  std::vector<const cpu::Kernels*> all;
-  while (const cpu::Kernels* kernels = cpu::runnable_kernels(int(all.size()))) all.push_back(kernels);
-  return all;
-}
-
 // Exact loss and gradient for t = 0 and t = 1, in float64: its error is 2^-29 of a float32 ULP.
 struct Exact {
   double loss[2];
@@ -131,10 +125,10 @@ template <class Format>
 void sweep_part(uint64_t step, int thread, std::vector<Report>& reports) {
   using Stored = typename Format::Stored;
   constexpr uint64_t kPatterns = uint64_t(1) << Format::kBits;
-  const std::vector<const cpu::Kernels*> kernels = all_kernels();
+  const std::vector<const cpu::Kernels*>& kernels = cpu::runnable_kernels();
   std::vector<Stored> logits(kBatch), target(kBatch), loss(kBatch), gradient(kBatch), in_place(kBatch);
   std::vector<Exact> exact;
-  const Stored targets[2] = {StoreAs<Stored>::from(0.0f), StoreAs<Stored>::from(1.0f)};
+  const Stored targets[2] = {store_as<Stored>(0.0f), store_as<Stored>(1.0f)};
 
   for (uint64_t base = thread * kBatch * step; base < kPatterns; base += kThreads * kBatch * step) {
     int count = 0;
@@ -179,7 +173,7 @@ void sweep_part(uint64_t step, int thread, std::vector<Report>& reports) {
 // True if the bounds hold.
 template <class Format>
 bool sweep(uint64_t step) {
-  const std::vector<const cpu::Kernels*> kernels = all_kernels();
+  const std::vector<const cpu::Kernels*>& kernels = cpu::runnable_kernels();
   std::vector<std::vector<Report>> reports(kThreads, std::vector<Report>(kernels.size()));
   std::vector<std::thread> threads;
   for (int thread = 0; thread < kThreads; ++thread) {
