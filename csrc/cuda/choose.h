@@ -37,7 +37,7 @@ void choose_logits(const Problem& problem, Action&& action) {
 template <Output kOutput, class Action>
 void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
   const bool is_weighted = problem.weight || problem.pos_weight;
-  if (!is_contiguous(problem) || (is_weighted && !has_fixed_weights(problem, threads))) {
+  if (!is_contiguous(problem) || !has_fixed_weights(problem, threads)) {
     return choose_strided_loop<makes_sum(kOutput)>(problem, action);
   }
   choose_logits(problem, [&](auto logits) {
@@ -60,8 +60,9 @@ void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
 // registers.
 template <class Action>
 void choose_row_loop(const Problem& problem, Action&& action) {
-  if (!is_contiguous(problem) || problem.weight || problem.pos_weight)
+  if (!is_contiguous(problem) || problem.weight || problem.pos_weight) {
     return choose_strided_loop<true>(problem, action);
+  }
   choose_logits(problem, [&](auto logits) {
     action(ContiguousLoop<Output::Sum, decltype(logits), AnyTarget, false>{}, problem);
   });

@@ -38,7 +38,7 @@ struct ContiguousLoop {
     const bool is_aligned = is_aligned_from(problem, range.begin);
     int64_t i = range.first(kGroup);
     if (i >= range.end) return 0.0;
-    const Weights weights = load_weights(problem, i);
+    const Thread thread = thread_at(problem, scale, i);
 
     double sum = 0.0;
     if (is_aligned) {
@@ -48,14 +48,14 @@ struct ContiguousLoop {
         for (int n = 0; n < kInFlight; ++n) groups[n] = load(problem, i + n * stride, kGroup, true);
         FUSED_SCE_UNROLL
         for (int n = 0; n < kInFlight; ++n) {
-          sum += compute_and_store(problem, scale, weights, groups[n], i + n * stride, kGroup, true);
+          sum += compute_and_store(thread, groups[n], i + n * stride, kGroup, true);
         }
       }
     }
     for (; i < range.end; i += stride) {
       const int count = range.end - i < kGroup ? int(range.end - i) : kGroup;
       const bool wide = is_aligned && count == kGroup;
-      sum += compute_and_store(problem, scale, weights, load(problem, i, count, wide), i, count, wide);
+      sum += compute_and_store(thread, load(problem, i, count, wide), i, count, wide);
     }
     if constexpr (makes_sum(kOutput) && Formula::kRecomputesNonFinite && !kChecksEachGroup) {
       if (!is_finite(sum)) {
@@ -75,9 +75,17 @@ struct ContiguousLoop {
     TargetGroup<T, Target, kGroup> target;
   };
 
-  struct Weights {
-    T weight[kGroup];
+  // What a thread needs for each of its groups.
+  struct Thread {
+    const Problem& problem;
+    TwoPart<T> scale;
+    T weight[kGroup];  // of its columns
     T pos_weight[kGroup];
+  };
+
+  struct GroupResult {
+    T loss[kGroup];
+    T gradient[kGroup];
   };
 
   // Whether all whole groups from element `begin` on can be loaded and stored wide.
@@ -94,152 +102,138 @@ struct ContiguousLoop {
         load_target<T, Target, kGroup>(problem, i, count, wide)};
   }
 
-  // The weights of a thread's columns, of which the first is that of element `i`.
-  FUSED_SCE_INLINE Weights load_weights(const Problem& problem, int64_t i) {
-    Weights weights = {};
+  // A thread whose first element is `i`.
+  FUSED_SCE_INLINE Thread thread_at(const Problem& problem, TwoPart<T> scale, int64_t i) {
+    Thread thread = {problem, scale, {}, {}};
     if (kMayBeWeighted && (problem.weight || problem.pos_weight)) {
       const int last = problem.ndim - 1;
       int64_t column = i % problem.sizes[last];
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) {
-        if (problem.weight) weights.weight[k] = load_computed<T>(problem.weight, column * problem.weight.strides[last]);
-        if (problem.pos_weight) {
-          weights.pos_weight[k] = load_computed<T>(problem.pos_weight, column * problem.pos_weight.strides[last]);
-        }
+        thread.weight[k] = load_weight<T>(problem.weight, column * problem.weight.strides[last]);
+        thread.pos_weight[k] = load_weight<T>(problem.pos_weight, column * problem.pos_weight.strides[last]);
         if (++column == problem.sizes[last]) column = 0;
       }
     }
-    return weights;
+    return thread;
   }
 
   // The output of the group at `i`; returns the sum of its losses.
-  FUSED_SCE_INLINE double compute_and_store(
-      const Problem& problem,
-      TwoPart<T> scale,
-      const Weights& weights,
-      const LoadedGroup& group,
-      int64_t i,
-      int count,
-      bool wide) {
-    T target[kGroup];
-    T loss[kGroup];
-    T gradient[kGroup];
-    convert(problem, group.target, target);
+  FUSED_SCE_INLINE double
+  compute_and_store(const Thread& thread, const LoadedGroup& group, int64_t i, int count, bool wide) {
+    const Problem& problem = thread.problem;
     double sum = 0.0;
+    GroupResult result;
     if constexpr (kOutput == Output::Elements) {
       // One after the other, because the op layer asks for one of them at a time: on sm_90 four float32 losses take 170
       // instructions, their gradients 130, and both together 240.
       if (problem.loss) {
-        compute(problem, scale, weights, group.logits, target, loss, gradient);
-        store_group(problem.loss, i, count, loss);
+        result = compute_group(thread, group);
+        store_group(problem.loss, i, count, result.loss);
       }
       if (!problem.gradient) return 0.0;
-      compute(problem, scale, weights, group.logits, target, loss, gradient);
-      if (problem.upstream) multiply_by_upstream(problem, i, count, gradient);
+      result = compute_group(thread, group);
+      if (problem.upstream) multiply_by_upstream(problem, i, count, result.gradient);
     } else {
-      compute(problem, scale, weights, group.logits, target, loss, gradient);
+      result = compute_group(thread, group);
       typename Formula::Accumulator group_sum = 0;
       FUSED_SCE_UNROLL
-      for (int k = 0; k < kGroup; ++k) group_sum += k < count ? typename Formula::Accumulator(loss[k]) : 0;
+      for (int k = 0; k < kGroup; ++k) group_sum += k < count ? typename Formula::Accumulator(result.loss[k]) : 0;
       sum = double(group_sum);
       if constexpr (kChecksEachGroup) {
         if (!is_finite(group_sum)) sum = recomputed_sum(problem, i, count);
       }
     }
     if constexpr (kOutput != Output::Sum) {
-      store_pack(static_cast<Logits*>(problem.gradient.data), i, count, wide, gradient);
+      store_pack(static_cast<Logits*>(problem.gradient.data), i, count, wide, result.gradient);
     }
     return sum;
   }
 
-  FUSED_SCE_INLINE void compute(
-      const Problem& problem,
-      TwoPart<T> scale,
-      const Weights& weights,
-      const Pack<Logits, kGroup>& logits,
-      const T (&target)[kGroup],
-      T (&loss)[kGroup],
-      T (&gradient)[kGroup]) {
-    if (kMayBeWeighted && problem.pos_weight) {
-      compute_with<true>(scale, weights, logits, target, loss, gradient);
-    } else {
-      compute_with<false>(scale, weights, logits, target, loss, gradient);
-    }
+  FUSED_SCE_INLINE GroupResult compute_group(const Thread& thread, const LoadedGroup& group) {
+    const Problem& problem = thread.problem;
+    T target[kGroup];
+    convert(problem, group.target, target);
+    GroupResult result = kMayBeWeighted && problem.pos_weight ? compute_with<true>(thread, group, target)
+                                                              : compute_with<false>(thread, group, target);
     if (kMayBeWeighted && problem.weight) {
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) {
-        loss[k] *= weights.weight[k];
-        gradient[k] *= weights.weight[k];
+        result.loss[k] *= thread.weight[k];
+        result.gradient[k] *= thread.weight[k];
       }
     }
+    return result;
   }
 
   template <bool kPosWeight>
-  FUSED_SCE_INLINE void compute_with(
-      TwoPart<T> scale,
-      const Weights& weights,
-      const Pack<Logits, kGroup>& packed_logits,
-      const T (&target)[kGroup],
-      T (&loss)[kGroup],
-      T (&gradient)[kGroup]) {
+  FUSED_SCE_INLINE GroupResult compute_with(const Thread& thread, const LoadedGroup& group, const T (&target)[kGroup]) {
     T logits[kGroup];
-    unpack(packed_logits, logits);
+    unpack(group.logits, logits);
+    GroupResult result;
     FUSED_SCE_UNROLL
     for (int k = 0; k < kGroup; ++k) {
-      const LossAndGradient<T> result =
-          Formula::template compute<kPosWeight>(logits[k], target[k], weights.pos_weight[k], scale);
-      loss[k] = result.loss;
-      gradient[k] = result.gradient;
+      const LossAndGradient<T> each =
+          Formula::template compute<kPosWeight>(logits[k], target[k], thread.pos_weight[k], thread.scale);
+      result.loss[k] = each.loss;
+      result.gradient[k] = each.gradient;
     }
+    return result;
   }
 
   // The sum of the losses of a group again, from memory and in as little code as possible.
   FUSED_SCE_INLINE double recomputed_sum(const Problem& problem, int64_t begin, int count) {
     const int last = problem.ndim - 1;
-    const bool has_pos_weight = kMayBeWeighted && problem.pos_weight;
     GroupSum<Formula> sum;
     FUSED_SCE_NO_UNROLL
     for (int64_t i = begin; i < begin + count; ++i) {
-      const int64_t column = kMayBeWeighted ? i % problem.sizes[last] : 0;
-      const T logit = load_as<T>(static_cast<const Logits*>(problem.logits.data)[i]);
-      const T target = load_target<T>(problem, i);
-      T weight = T(1);
-      T pos_weight = T(1);
-      if (kMayBeWeighted && problem.weight) {
-        weight = load_computed<T>(problem.weight, column * problem.weight.strides[last]);
+      Element<T> element = {
+          load_as<T>(static_cast<const Logits*>(problem.logits.data)[i]), load_target<T>(problem, i), T(1), T(1),
+          false};
+      if (kMayBeWeighted) {
+        const int64_t column = i % problem.sizes[last];
+        element.weight = load_weight<T>(problem.weight, column * problem.weight.strides[last]);
+        element.pos_weight = load_weight<T>(problem.pos_weight, column * problem.pos_weight.strides[last]);
+        element.has_pos_weight = bool(problem.pos_weight);
       }
-      if (has_pos_weight) pos_weight = load_computed<T>(problem.pos_weight, column * problem.pos_weight.strides[last]);
-      const T loss = has_pos_weight ? Formula::template compute<true>(logit, target, pos_weight, {}).loss
-                                    : Formula::template compute<false>(logit, target, pos_weight, {}).loss;
-      sum.add(loss, logit, target, weight, pos_weight, has_pos_weight);
+      sum.add(compute<Formula>(element, {}).loss, element);
     }
     return sum.value();
   }
 
-  // `upstream` is of the type computed in or of the logits' type.
+  // `upstream` is of the type computed in or of the logits' type, contiguous or one value for all.
   FUSED_SCE_INLINE void multiply_by_upstream(const Problem& problem, int64_t i, int count, T (&gradient)[kGroup]) {
-    if (problem.upstream.dtype == DType::Float32) {
-      multiply_by<T>(problem.upstream, i, count, gradient);
-    } else {
-      multiply_by<Logits>(problem.upstream, i, count, gradient);
-    }
-  }
-
-  template <class Stored>
-  FUSED_SCE_INLINE void multiply_by(const Operand& factor, int64_t i, int count, T (&values)[kGroup]) {
-    const Stored* const data = static_cast<const Stored*>(factor.data);
+    const Operand& upstream = problem.upstream;
     T factors[kGroup];
-    if (factor.contiguous) {
-      const bool wide = count == kGroup && is_aligned_for_group(data + i, kGroup);
-      unpack(load_pack<Stored, kGroup>(data, i, count, wide), factors);
+    if (upstream.contiguous) {
+      load_group(upstream, i, count, factors);
     } else {
-      const T factor_of_all = load_as<T>(data[0]);
+      const T factor = load_element<T>(upstream, 0);
       FUSED_SCE_UNROLL
-      for (int k = 0; k < kGroup; ++k) factors[k] = factor_of_all;
+      for (int k = 0; k < kGroup; ++k) factors[k] = factor;
     }
     FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) values[k] *= factors[k];
+    for (int k = 0; k < kGroup; ++k) gradient[k] *= factors[k];
   }
 };
+
+// values[i] *= factor for a thread's range. For a factor of 1, the usual one, no value is read or written.
+template <class Stored>
+FUSED_SCE_INLINE void scale_values(Stored* values, const Operand& factor, ThreadRange range) {
+  using T = std::conditional_t<std::is_same<Stored, double>::value, double, float>;
+  constexpr int kGroup = 16 / sizeof(Stored);
+  const T by = load_element<T>(factor, 0);
+  if (by == T(1)) return;
+  const bool is_aligned = is_aligned_for_group(values + range.begin, kGroup);
+  for (int64_t i = range.first(kGroup); i < range.end; i += range.stride(kGroup)) {
+    const int count = range.end - i < kGroup ? int(range.end - i) : kGroup;
+    const bool wide = is_aligned && count == kGroup;
+    T group[kGroup];
+    unpack(load_pack<Stored, kGroup>(values, i, count, wide), group);
+    FUSED_SCE_UNROLL
+    for (int k = 0; k < kGroup; ++k) group[k] *= by;
+    store_pack(values, i, count, wide, group);
+  }
+}
 
 }  // namespace fused_sce::cuda

@@ -54,25 +54,34 @@ struct Formula16Bit {
   }
 };
 
+// What one element's loss follows from.
+template <class T>
+struct Element {
+  T logit;
+  T target;
+  T weight;
+  T pos_weight;
+  bool has_pos_weight;
+};
+
+// Loss and gradient before they are multiplied by the weight.
+template <class Formula, class T>
+FUSED_SCE_INLINE LossAndGradient<T> compute(const Element<T>& element, TwoPart<T> scale) {
+  return element.has_pos_weight
+             ? Formula::template compute<true>(element.logit, element.target, element.pos_weight, scale)
+             : Formula::template compute<false>(element.logit, element.target, element.pos_weight, scale);
+}
+
 // The sum of the losses of a group, added element by element.
 template <class Formula>
 class GroupSum {
  public:
-  // `loss`: by Formula::compute(), before it is multiplied by the weight.
-  FUSED_SCE_MEMBER void add(
-      typename Formula::T loss,
-      typename Formula::T logit,
-      typename Formula::T target,
-      typename Formula::T weight,
-      typename Formula::T pos_weight,
-      bool has_pos_weight) {
-    sum_ += typename Formula::Accumulator(loss * weight);
+  // `loss`: by compute<Formula>().
+  FUSED_SCE_MEMBER void add(typename Formula::T loss, const Element<typename Formula::T>& element) {
+    sum_ += typename Formula::Accumulator(loss * element.weight);
     if constexpr (Formula::kRecomputesNonFinite) {
-      if (loss != loss) {
-        loss = has_pos_weight ? sigmoid_cross_entropy<float, true>(logit, target, pos_weight).loss
-                              : sigmoid_cross_entropy<float, false>(logit, target, pos_weight).loss;
-      }
-      recomputed_ += double(loss * weight);
+      if (loss != loss) loss = compute<FullFormula<float>>(element, {}).loss;
+      recomputed_ += double(loss * element.weight);
     }
   }
 

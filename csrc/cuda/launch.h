@@ -7,6 +7,7 @@
 // address, for a transposed tensor and for any type of target.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../problem.h"
@@ -80,30 +81,16 @@ FUSED_SCE_INLINE ThreadRange range_of(int64_t numel, int64_t thread, int64_t thr
   return {0, thread < threads ? numel : 0, thread, threads};
 }
 
+// Whether an operand has the same value all along the first `dims` dimensions.
+inline bool is_constant(const Problem& problem, const Operand& operand, int dims) {
+  if (!operand || problem.numel == 1) return true;
+  if (operand.contiguous) return false;
+  return std::all_of(operand.strides, operand.strides + dims, [](int64_t stride) { return stride == 0; });
+}
+
 // One value for all elements, read at offset 0.
 inline bool is_single(const Problem& problem, const Operand& operand) {
-  if (problem.numel == 1) return true;
-  if (operand.contiguous) return false;
-  for (int dim = 0; dim < problem.ndim; ++dim) {
-    if (operand.strides[dim] != 0) return false;
-  }
-  return true;
-}
-
-// The same value in every row: one for each column, or one for all.
-inline bool is_same_in_every_row(const Problem& problem, const Operand& operand) {
-  if (!operand || is_single(problem, operand)) return true;
-  if (operand.contiguous) return false;
-  for (int dim = 0; dim < problem.ndim - 1; ++dim) {
-    if (operand.strides[dim] != 0) return false;
-  }
-  return true;
-}
-
-// Columns after which weight and pos_weight, the same in every row, repeat.
-inline int64_t period_of_weights(const Problem& problem) {
-  const auto is_constant = [&](const Operand& operand) { return !operand || is_single(problem, operand); };
-  return is_constant(problem.weight) && is_constant(problem.pos_weight) ? 1 : problem.sizes[problem.ndim - 1];
+  return is_constant(problem, operand, problem.ndim);
 }
 
 // How many of `threads` may take part so that a thread has the same columns in each of its groups, and can keep their
@@ -116,28 +103,30 @@ constexpr int64_t threads_with_fixed_columns(int64_t threads, int64_t numel, int
   return threads / groups * groups;
 }
 
-// Threads among which a problem is divided, of those `launched` for it.
-inline int64_t num_threads(const Problem& problem, int64_t launched) {
-  if (!problem.weight && !problem.pos_weight) return launched;
-  if (!is_same_in_every_row(problem, problem.weight) || !is_same_in_every_row(problem, problem.pos_weight)) {
-    return launched;
-  }
-  const int group = group_size(problem.logits.dtype);
-  const int64_t fixed = threads_with_fixed_columns(launched, problem.numel, group, period_of_weights(problem));
-  return fixed > 0 ? fixed : launched;
+// The same for the weights of a problem. 0 also where they are not one for each column or one for all.
+inline int64_t threads_with_fixed_weights(const Problem& problem, int64_t threads) {
+  const int last = problem.ndim - 1;
+  if (!is_constant(problem, problem.weight, last) || !is_constant(problem, problem.pos_weight, last)) return 0;
+  const bool are_single = is_single(problem, problem.weight) && is_single(problem, problem.pos_weight);
+  const int64_t columns = are_single ? 1 : problem.sizes[last];
+  return threads_with_fixed_columns(threads, problem.numel, group_size(problem.logits.dtype), columns);
 }
 
-// Whether ContiguousLoop can run the problem, apart from its weights.
-inline bool is_contiguous(const Problem& problem) {
-  const bool upstream = !problem.upstream || problem.upstream.contiguous || is_single(problem, problem.upstream);
-  return problem.logits.contiguous && problem.target.contiguous && upstream && !problem.in_double;
+// Threads among which a problem is divided, of those `launched` for it.
+inline int64_t num_threads(const Problem& problem, int64_t launched) {
+  const int64_t fixed = threads_with_fixed_weights(problem, launched);
+  return fixed > 0 ? fixed : launched;
 }
 
 // Whether each of `threads` threads can keep the weights of its columns in registers.
 inline bool has_fixed_weights(const Problem& problem, int64_t threads) {
-  const int group = group_size(problem.logits.dtype);
-  return is_same_in_every_row(problem, problem.weight) && is_same_in_every_row(problem, problem.pos_weight) &&
-         threads_with_fixed_columns(threads, problem.numel, group, period_of_weights(problem)) == threads;
+  return threads_with_fixed_weights(problem, threads) == threads;
+}
+
+// Whether ContiguousLoop can run the problem, apart from its weights.
+inline bool is_contiguous(const Problem& problem) {
+  return problem.logits.contiguous && problem.target.contiguous && !problem.in_double &&
+         (problem.upstream.contiguous || is_single(problem, problem.upstream));
 }
 
 // The problem as StridedLoop reads it: contiguous operands have strides, too.

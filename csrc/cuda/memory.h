@@ -81,13 +81,22 @@ FUSED_SCE_INLINE void store_pack(Stored* data, int64_t i, int count, bool wide, 
   }
 }
 
-// A group of a result whose type is known at run time.
+// A group of an operand, or of a result, of a floating type known at run time.
+template <class T, int kGroup>
+FUSED_SCE_INLINE void load_group(const Operand& operand, int64_t i, int count, T (&values)[kGroup]) {
+  visit_floating(operand.dtype, [&](auto tag) {
+    using Stored = decltype(tag);
+    const Stored* const data = static_cast<const Stored*>(operand.data) + i;
+    unpack(load_pack<Stored, kGroup>(data, 0, count, count == kGroup && is_aligned_for_group(data, kGroup)), values);
+  });
+}
+
 template <class T, int kGroup>
 FUSED_SCE_INLINE void store_group(const Result& result, int64_t i, int count, const T (&values)[kGroup]) {
   visit_floating(result.dtype, [&](auto tag) {
     using Stored = decltype(tag);
-    Stored* const data = static_cast<Stored*>(result.data);
-    store_pack(data, i, count, count == kGroup && is_aligned_for_group(data + i, kGroup), values);
+    Stored* const data = static_cast<Stored*>(result.data) + i;
+    store_pack(data, 0, count, count == kGroup && is_aligned_for_group(data, kGroup), values);
   });
 }
 
@@ -102,10 +111,10 @@ FUSED_SCE_INLINE T load_element(const Operand& operand, int64_t offset) {
   return value;
 }
 
-// A single element of an operand that has the type computed in.
+// A single weight, which has the type computed in; 1 where there is none.
 template <class T>
-FUSED_SCE_INLINE T load_computed(const Operand& operand, int64_t offset) {
-  return static_cast<const T*>(operand.data)[offset];
+FUSED_SCE_INLINE T load_weight(const Operand& weight, int64_t offset) {
+  return weight ? static_cast<const T*>(weight.data)[offset] : T(1);
 }
 
 template <class T>

@@ -19,7 +19,9 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 
 void check(cudaError_t status) {
-  if (status != cudaSuccess) fail("CUDA error: ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // forgets the error, which the next launch would otherwise report again
+  fail("CUDA error: ", cudaGetErrorString(status));
 }
 
 cudaStream_t current_stream(const Tensor& tensor) {
@@ -71,16 +73,16 @@ struct CudaBackend {
     const cudaStream_t stream = current_stream(total);
     const int64_t words = cuda::workspace_words(problem);
     double* workspace = nullptr;
+    OptionalTensor zeros;
     if (words > 0 && is_capturing(stream)) {
       // A CUDA graph may be replayed on any stream, beside kernels that use this stream's workspace, and two counts in
       // one counter would lose a block. So each captured sum has its own, zeroed by the graph.
-      const Tensor zeros = new_tensor(total, std::vector<int64_t>{words}, ScalarType::Double);
-      workspace = static_cast<double*>(zeros.mutable_data_ptr());
+      zeros = new_tensor(total, std::vector<int64_t>{words}, ScalarType::Double);
+      workspace = static_cast<double*>(zeros->mutable_data_ptr());
       check(cudaMemsetAsync(workspace, 0, size_t(words) * sizeof(double), stream));
-      check(cuda::sum(problem, result_of(total), workspace, stream));
-      return;
+    } else if (words > 0) {
+      workspace = workspace_of(total.get_device_index(), stream);
     }
-    if (words > 0) workspace = workspace_of(total.get_device_index(), stream);
     check(cuda::sum(problem, result_of(total), workspace, stream));
   }
 

@@ -1,6 +1,6 @@
 // Values multiplied in place by a factor on the device.
+#include "contiguous.h"
 #include "kernels.h"
-#include "scale.h"
 
 namespace fused_sce::cuda {
 namespace {

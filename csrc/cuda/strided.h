@@ -59,17 +59,15 @@ struct StridedLoop {
       Offsets at = offsets_of(problem, begin);
       GroupSum<Formula> group_sum;
       for (int64_t i = begin; i < end; ++i) {
-        const T weight = problem.weight ? load_computed<T>(problem.weight, at.weight) : T(1);
-        const T pos_weight = problem.pos_weight ? load_computed<T>(problem.pos_weight, at.pos_weight) : T(1);
-        const T logit = load_element<T>(problem.logits, at.logits);
-        const T target = load_target<T>(problem, at.target);
-        const LossAndGradient<T> result = problem.pos_weight
-                                              ? Formula::template compute<true>(logit, target, pos_weight, scale)
-                                              : Formula::template compute<false>(logit, target, pos_weight, scale);
-        group_sum.add(result.loss, logit, target, weight, pos_weight, bool(problem.pos_weight));
-        if (problem.loss) store_element(problem.loss, i, result.loss * weight);
+        const Element<T> element = {
+            load_element<T>(problem.logits, at.logits), load_target<T>(problem, at.target),
+            load_weight<T>(problem.weight, at.weight), load_weight<T>(problem.pos_weight, at.pos_weight),
+            bool(problem.pos_weight)};
+        const LossAndGradient<T> result = compute<Formula>(element, scale);
+        group_sum.add(result.loss, element);
+        if (problem.loss) store_element(problem.loss, i, result.loss * element.weight);
         if (problem.gradient) {
-          T gradient = result.gradient * weight;
+          T gradient = result.gradient * element.weight;
           if (problem.upstream) gradient *= load_element<T>(problem.upstream, at.upstream);
           store_element(problem.gradient, i, gradient);
         }

@@ -30,16 +30,12 @@ class Operands {
   int count_ = 0;
 };
 
-// A shape, as an error message shows it.
-struct Shape {
-  IntHeaderOnlyArrayRef sizes;
-};
-std::ostream& operator<<(std::ostream& out, Shape shape) {
-  out << "[";
-  for (size_t dim = 0; dim < shape.sizes.size(); ++dim) out << (dim ? ", " : "") << shape.sizes[dim];
-  return out << "]";
+// The shape of a tensor, as an error message shows it.
+std::string shape_of(const Tensor& tensor) {
+  std::string shape;
+  for (const int64_t size : tensor.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + shape + "]";
 }
-Shape shape_of(const Tensor& tensor) { return {tensor.sizes()}; }
 
 // The device of a tensor, as an error message shows it.
 std::string device_of(const Tensor& tensor) {
@@ -51,10 +47,6 @@ std::string device_of(const Tensor& tensor) {
 bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
          type == ScalarType::Half;
-}
-
-bool same_sizes(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
-  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
 bool broadcasts_to(IntHeaderOnlyArrayRef own, IntHeaderOnlyArrayRef sizes) {
@@ -109,6 +101,15 @@ Tensor materialized(const Tensor& tensor, const Tensor& input) {
   return copy;
 }
 
+// The memory of a tensor: never null, which would mean an absent one.
+const void* data_of(const Tensor& tensor, const char* name) {
+  static const char kEmpty = 0;
+  if (tensor.numel() == 0) return &kEmpty;
+  const void* data = tensor.const_data_ptr();
+  if (!data) fail(name, " has no memory: its storage was resized to 0 bytes");
+  return data;
+}
+
 // The first byte of a tensor's elements and the byte after the last. Empty tensors have none.
 std::pair<const char*, const char*> extent_of(const Tensor& tensor) {
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());
@@ -145,8 +146,7 @@ DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Short: return DType::Int16;
     case ScalarType::Int: return DType::Int32;
     case ScalarType::Long: return DType::Int64;
-    default:
-      fail(name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()), ", which the loss does not take");
+    default: fail(name, " has dtype ", tensor.scalar_type(), ", which the loss does not take");
   }
 }
 
@@ -161,7 +161,7 @@ Reduction reduction_of(const Arguments& arguments) {
 ScalarType result_type(const Arguments& arguments) {
   const ScalarType target = arguments.target.scalar_type();
   const ScalarType type = arguments.dtype.value_or(is_floating(target) ? target : arguments.input.scalar_type());
-  if (!is_floating(type)) fail("dtype must be floating point, got ", torch::headeronly::toString(type));
+  if (!is_floating(type)) fail("dtype must be floating point, got ", type);
   return type;
 }
 
@@ -170,9 +170,9 @@ BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
   const IntHeaderOnlyArrayRef sizes = input.sizes();
   const ScalarType input_type = input.scalar_type();
   if (!is_floating(input_type)) {
-    fail("input must be floating point, got ", torch::headeronly::toString(input_type));
+    fail("input must be floating point, got ", input_type);
   }
-  if (!same_sizes(arguments.target.sizes(), sizes)) {
+  if (!arguments.target.sizes().equals(sizes)) {
     fail("Target size (", shape_of(arguments.target), ") must be the same as input size (", shape_of(input), ")");
   }
 
@@ -214,7 +214,7 @@ BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
       replace(each, torch::stable::to(*each.tensor, computing_type));
       each.operand->dtype = problem.in_double ? DType::Float64 : DType::Float32;
     }
-    each.operand->contiguous = each.tensor->is_contiguous() && same_sizes(each.tensor->sizes(), sizes);
+    each.operand->contiguous = each.tensor->is_contiguous() && each.tensor->sizes().equals(sizes);
     all_contiguous = all_contiguous && each.operand->contiguous;
   }
 
@@ -227,38 +227,32 @@ BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
     problem.ndim = 1;
     problem.sizes[0] = problem.numel;
   }
-  static const char kEmpty = 0;  // null would mean an absent operand
-  for (const Named& each : operands) {
-    each.operand->data = problem.numel ? each.tensor->const_data_ptr() : &kEmpty;
-    if (!each.operand->data) fail(each.name, " has no memory: its storage was resized to 0 bytes");
-  }
+  for (const Named& each : operands) each.operand->data = data_of(*each.tensor, each.name);
 
   if (arguments.count) {
     const Tensor& count = *arguments.count;
     if (count.numel() != 1 || count.scalar_type() != ScalarType::Long) {
-      fail(
-          "count must be one int64 element, got shape ", shape_of(count), " and dtype ",
-          torch::headeronly::toString(count.scalar_type()));
+      fail("count must be one int64 element, got shape ", shape_of(count), " and dtype ", count.scalar_type());
     }
     check_same_device(count, "count", input);
-    problem.count = static_cast<const int64_t*>(count.const_data_ptr());
+    problem.count = static_cast<const int64_t*>(data_of(count, "count"));
   }
   return bound;
 }
 
-void check_gradient(const Arguments& arguments, const Tensor& gradient) {
+void check_gradient(const Arguments& arguments, const Tensor* upstream, const Tensor& gradient) {
   const Tensor& input = arguments.input;
-  if (!same_sizes(gradient.sizes(), input.sizes()) || !gradient.is_contiguous()) {
+  if (!gradient.sizes().equals(input.sizes()) || !gradient.is_contiguous()) {
     fail("gradient must be contiguous and of input's shape ", shape_of(input), ", got shape ", shape_of(gradient));
   }
   if (gradient.scalar_type() != input.scalar_type()) {
-    fail(
-        "gradient must have input's dtype ", torch::headeronly::toString(input.scalar_type()), ", got ",
-        torch::headeronly::toString(gradient.scalar_type()));
+    fail("gradient must have input's dtype ", input.scalar_type(), ", got ", gradient.scalar_type());
   }
   check_same_device(gradient, "gradient", input);
-  const bool is_in_place = input.is_contiguous() && gradient.const_data_ptr() == input.const_data_ptr();
-  bool is_apart = (is_in_place || !overlap(gradient, input)) && !overlap(gradient, arguments.target);
+  const void* const data = data_of(gradient, "gradient");
+  const bool is_in_place = input.is_contiguous() && data == input.const_data_ptr();
+  bool is_apart = (is_in_place || !overlap(gradient, input)) && !overlap(gradient, arguments.target) &&
+                  !(upstream && overlap(gradient, *upstream));
   for (const OptionalTensor* factor : {&arguments.weight, &arguments.pos_weight, &arguments.count}) {
     is_apart = is_apart && !(*factor && overlap(gradient, **factor));
   }
@@ -268,7 +262,12 @@ void check_gradient(const Arguments& arguments, const Tensor& gradient) {
 void check_scale(const Tensor& self, const Tensor& factor) {
   if (!self.is_contiguous()) fail("self must be contiguous");
   if (factor.numel() != 1) fail("factor must have one element, got shape ", shape_of(factor));
+  if (!is_floating(self.scalar_type()) || !is_floating(factor.scalar_type())) {
+    fail("self and factor must be floating point, got ", self.scalar_type(), " and ", factor.scalar_type());
+  }
   check_same_device(factor, "factor", self);
+  data_of(self, "self");
+  data_of(factor, "factor");
   if (overlap(self, factor)) fail("factor lies in the memory of self");
 }
 

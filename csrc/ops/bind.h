@@ -41,8 +41,8 @@ struct BoundProblem {
 BoundProblem bind(const Arguments& arguments, const Tensor* upstream = nullptr);
 
 // Checks that `gradient` can take the gradient by the input: contiguous, of its shape, dtype and device, and apart from
-// the memory of all arguments or exactly in that of the input.
-void check_gradient(const Arguments& arguments, const Tensor& gradient);
+// the memory of all arguments, `upstream` too, or exactly in that of the input.
+void check_gradient(const Arguments& arguments, const Tensor* upstream, const Tensor& gradient);
 
 // Checks that `factor` can scale `self`.
 void check_scale(const Tensor& self, const Tensor& factor);

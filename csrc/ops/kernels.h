@@ -22,52 +22,41 @@ struct OpKernels {
     stack[0] = boxed(loss_of(arguments));
   }
 
+  // kInto: the gradient goes into memory that the caller has, which is then the last argument and no result.
+  template <bool kInto>
   static void forward(StableIValue* stack, uint64_t, uint64_t) {
     Values values(stack);
     const Arguments arguments(values);
     BoundProblem bound = bind(arguments);
-    const Tensor gradient = new_tensor(arguments.input, arguments.input.sizes(), arguments.input.scalar_type());
-    Backend::prepare(gradient);
-    stack[0] = boxed(loss_and_gradient(arguments, bound, gradient));
-    stack[1] = boxed(gradient);
+    const Tensor gradient = gradient_for<kInto>(values, arguments, nullptr);
+    if (reduction_of(arguments) != Reduction::Sum) {
+      fail("the gradient is made with the sum alone, got reduction ", arguments.reduction);
+    }
+    const Tensor total = new_tensor(arguments.input, IntHeaderOnlyArrayRef(), result_type(arguments));
+    bound.problem.gradient = result_of(gradient);
+    Backend::sum(bound.problem, total);
+    stack[0] = boxed(total);
+    if (!kInto) stack[1] = boxed(gradient);
   }
 
-  static void forward_out(StableIValue* stack, uint64_t, uint64_t) {
-    Values values(stack);
-    const Arguments arguments(values);
-    const Tensor gradient = values.next<Tensor>();
-    BoundProblem bound = bind(arguments);
-    check_gradient(arguments, gradient);
-    stack[0] = boxed(loss_and_gradient(arguments, bound, gradient));
-  }
-
+  template <bool kInto>
   static void backward(StableIValue* stack, uint64_t, uint64_t) {
     Values values(stack);
     const Tensor grad_output = values.next<Tensor>();
     const Arguments arguments(values);
     BoundProblem bound = bind(arguments, &grad_output);
-    const Tensor gradient = new_tensor(arguments.input, arguments.input.sizes(), arguments.input.scalar_type());
-    Backend::prepare(gradient);
-    gradient_of(bound, gradient);
-    stack[0] = boxed(gradient);
-  }
-
-  static void backward_out(StableIValue* stack, uint64_t, uint64_t) {
-    Values values(stack);
-    const Tensor grad_output = values.next<Tensor>();
-    const Arguments arguments(values);
-    const Tensor gradient = values.next<Tensor>();
-    BoundProblem bound = bind(arguments, &grad_output);
-    check_gradient(arguments, gradient);
-    gradient_of(bound, gradient);
+    const Tensor gradient = gradient_for<kInto>(values, arguments, &grad_output);
+    bound.problem.gradient = result_of(gradient);
+    if (bound.problem.numel > 0) Backend::elements(bound.problem, gradient);
+    if (!kInto) stack[0] = boxed(gradient);
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("sigmoid_cross_entropy", &loss);
-    m.impl("_sigmoid_cross_entropy_forward", &forward);
-    m.impl("_sigmoid_cross_entropy_forward_out", &forward_out);
-    m.impl("_sigmoid_cross_entropy_backward", &backward);
-    m.impl("_sigmoid_cross_entropy_backward_out", &backward_out);
+    m.impl("_sigmoid_cross_entropy_forward", &forward<false>);
+    m.impl("_sigmoid_cross_entropy_forward_out", &forward<true>);
+    m.impl("_sigmoid_cross_entropy_backward", &backward<false>);
+    m.impl("_sigmoid_cross_entropy_backward_out", &backward<true>);
   }
 
  private:
@@ -97,20 +86,16 @@ struct OpKernels {
     return loss;
   }
 
-  static Tensor loss_and_gradient(const Arguments& arguments, BoundProblem& bound, const Tensor& gradient) {
-    if (reduction_of(arguments) != Reduction::Sum) {
-      fail("the gradient is made with the sum alone, got reduction ", arguments.reduction);
+  template <bool kInto>
+  static Tensor gradient_for(Values& values, const Arguments& arguments, const Tensor* upstream) {
+    if constexpr (kInto) {
+      const Tensor gradient = values.next<Tensor>();
+      check_gradient(arguments, upstream, gradient);
+      return gradient;
     }
-    const Tensor total = new_tensor(arguments.input, IntHeaderOnlyArrayRef(), result_type(arguments));
-    bound.problem.gradient = result_of(gradient);
-    Backend::sum(bound.problem, total);
-    return total;
-  }
-
-  static void gradient_of(BoundProblem& bound, const Tensor& gradient) {
-    if (bound.problem.numel == 0) return;
-    bound.problem.gradient = result_of(gradient);
-    Backend::elements(bound.problem, gradient);
+    const Tensor gradient = new_tensor(arguments.input, arguments.input.sizes(), arguments.input.scalar_type());
+    Backend::prepare(gradient);
+    return gradient;
   }
 };
 

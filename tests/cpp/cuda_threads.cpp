@@ -19,7 +19,6 @@
 
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cuda/choose.h"
-#include "../../csrc/cuda/scale.h"
 
 using namespace fused_sce;
 using cuda::kThreads;
