@@ -98,33 +98,33 @@ FUSED_SCE_INLINE To store_as(T value) {
   }
 }
 
-// Calls `action` with a value of the storage type that `dtype` names.
+// Calls `action` with a value of the storage type that `dtype` names, and returns what it returns.
 FUSED_SCE_CALLS_BACK
 template <class Action>
-FUSED_SCE_INLINE void visit(DType dtype, Action&& action) {
+FUSED_SCE_INLINE auto visit(DType dtype, Action&& action) {
   switch (dtype) {
-    case DType::Float32: action(float{}); break;
-    case DType::Float64: action(double{}); break;
-    case DType::BFloat16: action(BFloat16{}); break;
-    case DType::Float16: action(Float16{}); break;
-    case DType::Bool: action(Bool{}); break;
-    case DType::UInt8: action(uint8_t{}); break;
-    case DType::Int8: action(int8_t{}); break;
-    case DType::Int16: action(int16_t{}); break;
-    case DType::Int32: action(int32_t{}); break;
-    case DType::Int64: action(int64_t{}); break;
+    case DType::Float32: return action(float{});
+    case DType::Float64: return action(double{});
+    case DType::BFloat16: return action(BFloat16{});
+    case DType::Float16: return action(Float16{});
+    case DType::Bool: return action(Bool{});
+    case DType::UInt8: return action(uint8_t{});
+    case DType::Int8: return action(int8_t{});
+    case DType::Int16: return action(int16_t{});
+    case DType::Int32: return action(int32_t{});
+    default: return action(int64_t{});
   }
 }
 
 // As visit, for the types of results.
 FUSED_SCE_CALLS_BACK
 template <class Action>
-FUSED_SCE_INLINE void visit_floating(DType dtype, Action&& action) {
+FUSED_SCE_INLINE auto visit_floating(DType dtype, Action&& action) {
   switch (dtype) {
-    case DType::Float64: action(double{}); break;
-    case DType::BFloat16: action(BFloat16{}); break;
-    case DType::Float16: action(Float16{}); break;
-    default: action(float{}); break;
+    case DType::Float64: return action(double{});
+    case DType::BFloat16: return action(BFloat16{});
+    case DType::Float16: return action(Float16{});
+    default: return action(float{});
   }
 }
 

@@ -13,12 +13,12 @@ namespace fused_sce {
 // Dimensions after neighbours were merged; the op layer copies operands that would need more.
 constexpr int kMaxDims = 6;
 
-// One input, already broadcast to the shape of the logits. Strides are in elements, 0 where it is broadcast.
+// One input, already broadcast to the shape of the logits.
 struct Operand {
   const void* data = nullptr;  // null: absent
   DType dtype = DType::Float32;
-  bool contiguous = false;  // element i of the problem is data[i]; strides are then not read
-  int64_t strides[kMaxDims] = {};
+  bool contiguous = false;         // element i of the problem is data[i]
+  int64_t strides[kMaxDims] = {};  // in elements, 0 where it is broadcast
 
   FUSED_SCE_MEMBER explicit operator bool() const { return data != nullptr; }
 };

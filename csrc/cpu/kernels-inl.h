@@ -99,8 +99,7 @@ struct Upcoming {
 
 Upcoming upcoming(const Problem& problem, const Operand& operand, int64_t begin) {
   if (!operand.contiguous || begin >= problem.numel) return {nullptr, 0};
-  int64_t size = 0;
-  visit(operand.dtype, [&](auto tag) { size = sizeof(tag); });
+  const int64_t size = visit(operand.dtype, [](auto tag) { return int64_t(sizeof(tag)); });
   return {static_cast<const char*>(operand.data) + begin * size, size};
 }
 
@@ -267,13 +266,11 @@ struct Lanes {
     for (int lane = 0; i + lane < count; ++lane) sum[lane] += double(values[i + lane]);
   }
 
-  double total() const {
-    double level[kCount];
-    for (int lane = 0; lane < kCount; ++lane) level[lane] = sum[lane];
+  double total() {
     for (int width = kCount / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) level[lane] += level[lane + width];
+      for (int lane = 0; lane < width; ++lane) sum[lane] += sum[lane + width];
     }
-    return level[0];
+    return sum[0];
   }
 };
 

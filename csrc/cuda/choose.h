@@ -12,15 +12,14 @@
 
 namespace fused_sce::cuda {
 
-// Calls `action` with the loop for a problem that is not contiguous, and with the problem as that loop reads it.
+// Calls `action` with the loop for a problem that is not contiguous.
 template <bool kSum, class Action>
 void choose_strided_loop(const Problem& problem, Action&& action) {
-  const Problem strided = with_strides(problem);
-  if (problem.in_double) return action(StridedLoop<FullFormula<double>>{}, strided);
+  if (problem.in_double) return action(StridedLoop<FullFormula<double>>{});
   if constexpr (kSum) {
-    if (problem.logits.dtype != DType::Float32) return action(StridedLoop<Formula16Bit>{}, strided);
+    if (problem.logits.dtype != DType::Float32) return action(StridedLoop<Formula16Bit>{});
   }
-  action(StridedLoop<FullFormula<float>>{}, strided);
+  action(StridedLoop<FullFormula<float>>{});
 }
 
 // Calls `action` with a value of the logits' type, for a problem computed in float.
@@ -47,12 +46,12 @@ void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
       const bool loses_logits = sizeof(Logits) == 2 && problem.gradient.data == problem.logits.data;
       const bool is_chosen = !loses_logits && choose_target<Logits>(problem, [&](auto target) {
         using Target = decltype(target);
-        is_weighted ? action(ContiguousLoop<kOutput, Logits, Target, true>{}, problem)
-                    : action(ContiguousLoop<kOutput, Logits, Target, false>{}, problem);
+        is_weighted ? action(ContiguousLoop<kOutput, Logits, Target, true>{})
+                    : action(ContiguousLoop<kOutput, Logits, Target, false>{});
       });
       if (is_chosen) return;
     }
-    action(ContiguousLoop<kOutput, Logits, AnyTarget, true>{}, problem);
+    action(ContiguousLoop<kOutput, Logits, AnyTarget, true>{});
   });
 }
 
@@ -63,9 +62,8 @@ void choose_row_loop(const Problem& problem, Action&& action) {
   if (!is_contiguous(problem) || problem.weight || problem.pos_weight) {
     return choose_strided_loop<true>(problem, action);
   }
-  choose_logits(problem, [&](auto logits) {
-    action(ContiguousLoop<Output::Sum, decltype(logits), AnyTarget, false>{}, problem);
-  });
+  choose_logits(
+      problem, [&](auto logits) { action(ContiguousLoop<Output::Sum, decltype(logits), AnyTarget, false>{}); });
 }
 
 }  // namespace fused_sce::cuda

@@ -1,4 +1,4 @@
-// Losses and gradients of single elements.
+// Losses and gradients of single elements, and values multiplied in place by a factor on the device.
 #include "choose.h"
 #include "kernels.h"
 #include "reduce.h"
@@ -15,17 +15,32 @@ __global__ void __launch_bounds__(kThreads, Loop::kMinBlocks) elements_kernel(
   Loop::run(problem, scale, range_of(problem.numel, thread_of_grid(), threads));
 }
 
+// One kernel for all types: it waits for memory, and finds out the type once.
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(const __grid_constant__ Result values, int64_t numel, const __grid_constant__ Operand factor) {
+  const ThreadRange range = range_of(numel, thread_of_grid(), int64_t(gridDim.x) * kThreads);
+  visit_floating(
+      values.dtype, [&](auto tag) { scale_values(static_cast<decltype(tag)*>(values.data), factor, range); });
+}
+
 }  // namespace
 
 cudaError_t elements(const Problem& problem, cudaStream_t stream) {
   if (problem.numel == 0) return cudaSuccess;
   const int blocks = num_blocks(problem);
   const int64_t threads = num_threads(problem, int64_t(blocks) * kThreads);
-  choose_loop<Output::Elements>(problem, threads, [&](auto loop, const Problem& chosen) {
+  choose_loop<Output::Elements>(problem, threads, [&](auto loop) {
     using Loop = decltype(loop);
     const auto of_divisor = reciprocal<typename Loop::T>(problem.options.divisor);
-    elements_kernel<Loop><<<blocks, kThreads, 0, stream>>>(chosen, of_divisor, threads);
+    elements_kernel<Loop><<<blocks, kThreads, 0, stream>>>(problem, of_divisor, threads);
   });
+  return cudaGetLastError();
+}
+
+cudaError_t scale(const Result& values, int64_t numel, const Operand& factor, cudaStream_t stream) {
+  if (numel == 0) return cudaSuccess;
+  const int blocks = num_blocks(divide_up(numel, group_size(values.dtype)), kThreads);
+  scale_kernel<<<blocks, kThreads, 0, stream>>>(values, numel, factor);
   return cudaGetLastError();
 }
 

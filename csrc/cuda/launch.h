@@ -129,17 +129,4 @@ inline bool is_contiguous(const Problem& problem) {
          (problem.upstream.contiguous || is_single(problem, problem.upstream));
 }
 
-// The problem as StridedLoop reads it: contiguous operands have strides, too.
-inline Problem with_strides(Problem problem) {
-  for (Operand* operand : {&problem.logits, &problem.target, &problem.weight, &problem.pos_weight, &problem.upstream}) {
-    if (!operand->contiguous) continue;
-    int64_t stride = 1;
-    for (int dim = problem.ndim - 1; dim >= 0; --dim) {
-      operand->strides[dim] = stride;
-      stride *= problem.sizes[dim];
-    }
-  }
-  return problem;
-}
-
 }  // namespace fused_sce::cuda

@@ -103,12 +103,8 @@ FUSED_SCE_INLINE void store_group(const Result& result, int64_t i, int count, co
 // A single element of a floating type known at run time.
 template <class T>
 FUSED_SCE_INLINE T load_element(const Operand& operand, int64_t offset) {
-  T value = T(0);
-  visit_floating(operand.dtype, [&](auto tag) {
-    using Stored = decltype(tag);
-    value = load_as<T>(static_cast<const Stored*>(operand.data)[offset]);
-  });
-  return value;
+  return visit_floating(
+      operand.dtype, [&](auto tag) { return load_as<T>(static_cast<const decltype(tag)*>(operand.data)[offset]); });
 }
 
 // A single weight, which has the type computed in; 1 where there is none.

@@ -38,8 +38,8 @@ cudaError_t rows(const Problem& problem, int64_t columns, int64_t count, cudaStr
   const int blocks = num_blocks(count, kThreads / team);
   Problem without_elements = problem;
   without_elements.loss = {};
-  choose_row_loop(without_elements, [&](auto loop, const Problem& chosen) {
-    rows_kernel<decltype(loop)><<<blocks, kThreads, 0, stream>>>(chosen, problem.loss, columns, count, team);
+  choose_row_loop(without_elements, [&](auto loop) {
+    rows_kernel<decltype(loop)><<<blocks, kThreads, 0, stream>>>(without_elements, problem.loss, columns, count, team);
   });
   return cudaGetLastError();
 }

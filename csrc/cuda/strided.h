@@ -43,7 +43,7 @@ FUSED_SCE_INLINE Offsets offsets_of(const Problem& problem, int64_t index) {
   return at;
 }
 
-// Any problem whose operands all have strides (launch.h: with_strides). What it makes is decided at run time:
+// Any problem. What it makes is decided at run time:
 // problem.loss and problem.gradient of each element, whichever is set, and always the sum of the losses.
 template <class Formula>
 struct StridedLoop {

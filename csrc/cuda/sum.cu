@@ -25,10 +25,10 @@ template <Output kOutput>
 cudaError_t launch(const Problem& problem, const Result& total, double* workspace, cudaStream_t stream) {
   const int blocks = num_blocks(problem);
   const int64_t threads = num_threads(problem, int64_t(blocks) * kThreads);
-  choose_loop<kOutput>(problem, threads, [&](auto loop, const Problem& chosen) {
+  choose_loop<kOutput>(problem, threads, [&](auto loop) {
     using Loop = decltype(loop);
     const auto of_divisor = reciprocal<typename Loop::T>(problem.options.divisor);
-    sum_kernel<Loop><<<blocks, kThreads, 0, stream>>>(chosen, of_divisor, total, threads, workspace);
+    sum_kernel<Loop><<<blocks, kThreads, 0, stream>>>(problem, of_divisor, total, threads, workspace);
   });
   return cudaGetLastError();
 }

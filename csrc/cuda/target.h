@@ -50,11 +50,9 @@ struct TargetGroup<T, AnyTarget, kGroup> {
 template <class Target>
 FUSED_SCE_INLINE bool is_target_aligned(const Problem& problem, int64_t begin, int group) {
   if constexpr (std::is_same<Target, AnyTarget>::value) {
-    bool is_aligned = false;
-    visit(problem.target.dtype, [&](auto tag) {
-      is_aligned = is_aligned_for_group(static_cast<const decltype(tag)*>(problem.target.data) + begin, group);
+    return visit(problem.target.dtype, [&](auto tag) {
+      return is_aligned_for_group(static_cast<const decltype(tag)*>(problem.target.data) + begin, group);
     });
-    return is_aligned;
   } else {
     return is_aligned_for_group(static_cast<const Target*>(problem.target.data) + begin, group);
   }
@@ -117,10 +115,8 @@ FUSED_SCE_INLINE void convert(const Problem& problem, TargetGroup<T, Target, kGr
 // A single target of any type and layout.
 template <class T>
 FUSED_SCE_INLINE T load_target(const Problem& problem, int64_t offset) {
-  T value = T(0);
-  visit(problem.target.dtype, [&](auto tag) {
-    using Stored = decltype(tag);
-    value = load_as<T>(static_cast<const Stored*>(problem.target.data)[offset]);
+  const T value = visit(problem.target.dtype, [&](auto tag) {
+    return load_as<T>(static_cast<const decltype(tag)*>(problem.target.data)[offset]);
   });
   return changed_target(problem.options, value);
 }

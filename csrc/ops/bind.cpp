@@ -72,8 +72,8 @@ bool merge_dimensions(IntHeaderOnlyArrayRef sizes, Operands& operands, Problem& 
   for (int64_t dim = 0; dim < dims; ++dim) {
     if (sizes[dim] == 1) continue;
     const bool joins = problem.ndim > 0 && std::all_of(operands.begin(), operands.end(), [&](const Named& each) {
-                         return each.operand->contiguous || each.operand->strides[problem.ndim - 1] ==
-                                                                broadcast_stride(*each.tensor, dims, dim) * sizes[dim];
+                         const int64_t stride = broadcast_stride(*each.tensor, dims, dim);
+                         return each.operand->strides[problem.ndim - 1] == stride * sizes[dim];
                        });
     if (joins) {
       problem.sizes[problem.ndim - 1] *= sizes[dim];
@@ -83,7 +83,6 @@ bool merge_dimensions(IntHeaderOnlyArrayRef sizes, Operands& operands, Problem& 
       problem.sizes[problem.ndim++] = sizes[dim];
     }
     for (const Named& each : operands) {
-      if (each.operand->contiguous) continue;
       each.operand->strides[problem.ndim - 1] = broadcast_stride(*each.tensor, dims, dim);
     }
   }
@@ -218,11 +217,11 @@ BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
     all_contiguous = all_contiguous && each.operand->contiguous;
   }
 
-  problem.sizes[0] = problem.numel;
-  if (!all_contiguous && !merge_dimensions(sizes, operands, problem)) {
+  if (all_contiguous || !merge_dimensions(sizes, operands, problem)) {
     for (Named& each : operands) {
       if (!each.operand->contiguous) replace(each, materialized(*each.tensor, input));
       each.operand->contiguous = true;
+      each.operand->strides[0] = 1;
     }
     problem.ndim = 1;
     problem.sizes[0] = problem.numel;

@@ -15,11 +15,30 @@ namespace fused_sce {
 
 template <class Backend>
 struct OpKernels {
-  // Each is a boxed kernel: it takes the arguments from the stack and leaves the results there.
+  // Each is a boxed kernel: it takes all arguments from the stack first, then leaves the results there.
   static void loss(StableIValue* stack, uint64_t, uint64_t) {
     Values values(stack);
     const Arguments arguments(values);
-    stack[0] = boxed(loss_of(arguments));
+    const Reduction reduction = reduction_of(arguments);
+    if (reduction == Reduction::None && (arguments.options.divisor != 1 || arguments.count)) {
+      fail("reduction none has neither divisor nor count");
+    }
+    BoundProblem bound = bind(arguments);
+    const IntHeaderOnlyArrayRef sizes = arguments.input.sizes();
+    const size_t dims = reduction == Reduction::Sum ? 0 : sizes.size() - (reduction == Reduction::Rows);
+    const Tensor loss = new_tensor(arguments.input, IntHeaderOnlyArrayRef(sizes.data(), dims), result_type(arguments));
+    if (reduction == Reduction::Sum) {
+      Backend::sum(bound.problem, loss);
+    } else if (loss.numel() > 0) {
+      bound.problem.loss = result_of(loss);
+      if (reduction == Reduction::Rows) {
+        Backend::rows(bound.problem, sizes[dims], loss);
+      } else {
+        Backend::prepare(loss);
+        Backend::elements(bound.problem, loss);
+      }
+    }
+    stack[0] = boxed(loss);
   }
 
   // kInto: the gradient goes into memory that the caller has, which is then the last argument and no result.
@@ -27,8 +46,9 @@ struct OpKernels {
   static void forward(StableIValue* stack, uint64_t, uint64_t) {
     Values values(stack);
     const Arguments arguments(values);
+    const Tensor gradient = kInto ? values.next<Tensor>() : new_gradient(arguments.input);
     BoundProblem bound = bind(arguments);
-    const Tensor gradient = gradient_for<kInto>(values, arguments, nullptr);
+    if (kInto) check_gradient(arguments, nullptr, gradient);
     if (reduction_of(arguments) != Reduction::Sum) {
       fail("the gradient is made with the sum alone, got reduction ", arguments.reduction);
     }
@@ -44,8 +64,9 @@ struct OpKernels {
     Values values(stack);
     const Tensor grad_output = values.next<Tensor>();
     const Arguments arguments(values);
+    const Tensor gradient = kInto ? values.next<Tensor>() : new_gradient(arguments.input);
     BoundProblem bound = bind(arguments, &grad_output);
-    const Tensor gradient = gradient_for<kInto>(values, arguments, &grad_output);
+    if (kInto) check_gradient(arguments, &grad_output, gradient);
     bound.problem.gradient = result_of(gradient);
     if (bound.problem.numel > 0) Backend::elements(bound.problem, gradient);
     if (!kInto) stack[0] = boxed(gradient);
@@ -62,38 +83,8 @@ struct OpKernels {
  private:
   static StableIValue boxed(const Tensor& tensor) { return torch::stable::detail::from(tensor); }
 
-  static Tensor loss_of(const Arguments& arguments) {
-    const Reduction reduction = reduction_of(arguments);
-    if (reduction == Reduction::None && (arguments.options.divisor != 1 || arguments.count)) {
-      fail("reduction none has neither divisor nor count");
-    }
-    BoundProblem bound = bind(arguments);
-    const IntHeaderOnlyArrayRef sizes = arguments.input.sizes();
-    const size_t dims = reduction == Reduction::Sum ? 0 : sizes.size() - (reduction == Reduction::Rows);
-    const Tensor loss = new_tensor(arguments.input, IntHeaderOnlyArrayRef(sizes.data(), dims), result_type(arguments));
-    if (loss.numel() == 0) return loss;
-    if (reduction == Reduction::Sum) {
-      Backend::sum(bound.problem, loss);
-      return loss;
-    }
-    bound.problem.loss = result_of(loss);
-    if (reduction == Reduction::Rows) {
-      Backend::rows(bound.problem, sizes[dims], loss);
-    } else {
-      Backend::prepare(loss);
-      Backend::elements(bound.problem, loss);
-    }
-    return loss;
-  }
-
-  template <bool kInto>
-  static Tensor gradient_for(Values& values, const Arguments& arguments, const Tensor* upstream) {
-    if constexpr (kInto) {
-      const Tensor gradient = values.next<Tensor>();
-      check_gradient(arguments, upstream, gradient);
-      return gradient;
-    }
-    const Tensor gradient = new_tensor(arguments.input, arguments.input.sizes(), arguments.input.scalar_type());
+  static Tensor new_gradient(const Tensor& input) {
+    const Tensor gradient = new_tensor(input, input.sizes(), input.scalar_type());
     Backend::prepare(gradient);
     return gradient;
   }

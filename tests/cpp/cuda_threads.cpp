@@ -193,13 +193,27 @@ DType computing_type(DType logits, DType target) {
 
 bool is_16bit(DType dtype) { return dtype == DType::BFloat16 || dtype == DType::Float16; }
 
+// As the op layer leaves a problem: contiguous operands have strides, too.
+Problem with_strides(Problem problem) {
+  for (Operand* operand : {&problem.logits, &problem.target, &problem.weight, &problem.pos_weight, &problem.upstream}) {
+    if (!operand->contiguous) continue;
+    int64_t stride = 1;
+    for (int dim = problem.ndim - 1; dim >= 0; --dim) {
+      operand->strides[dim] = stride;
+      stride *= problem.sizes[dim];
+    }
+  }
+  return problem;
+}
+
 // What thread `range.thread` of a launch does.
 template <Output kOutput>
-double run_output(const Problem& problem, ThreadRange range) {
+double run_output(const Problem& given, ThreadRange range) {
+  const Problem problem = with_strides(given);
   double sum = 0.0;
-  cuda::choose_loop<kOutput>(problem, range.threads, [&](auto loop, const Problem& chosen) {
+  cuda::choose_loop<kOutput>(problem, range.threads, [&](auto loop) {
     using Loop = decltype(loop);
-    sum = Loop::run(chosen, reciprocal<typename Loop::T>(divisor_of(problem)), range);
+    sum = Loop::run(problem, reciprocal<typename Loop::T>(divisor_of(problem)), range);
   });
   return sum;
 }
@@ -215,10 +229,11 @@ double run_thread(const Problem& problem, Wanted wanted, ThreadRange range) {
 // The same for a row; as in rows.cu problem.loss is not that of the elements.
 double run_row(Problem problem, ThreadRange range) {
   problem.loss = {};
+  problem = with_strides(problem);
   double sum = 0.0;
-  cuda::choose_row_loop(problem, [&](auto loop, const Problem& chosen) {
+  cuda::choose_row_loop(problem, [&](auto loop) {
     using Loop = decltype(loop);
-    sum = Loop::run(chosen, {typename Loop::T(1), typename Loop::T(0)}, range);
+    sum = Loop::run(problem, {typename Loop::T(1), typename Loop::T(0)}, range);
   });
   return sum;
 }
