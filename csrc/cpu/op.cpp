@@ -39,23 +39,18 @@ struct CpuBackend {
 #endif
   }
 
-  static void elements(const Problem& problem, const Tensor&) {
-    const cpu::Kernels& kernels = cpu::kernels();
-    torch::stable::parallel_for(0, cpu::num_chunks(problem.numel), kChunksPerThread, [&](int64_t begin, int64_t end) {
-      kernels.chunks(problem, begin, end, nullptr);
-    });
-  }
+  static void elements(const Problem& problem, const Tensor&) { run(problem, nullptr); }
 
   static void sum(const Problem& problem, const Tensor& total) {
-    const cpu::Kernels& kernels = cpu::kernels();
     const int64_t chunks = cpu::num_chunks(problem.numel);
     double few[16];
     std::vector<double> many(chunks > 16 ? chunks : 0);
     double* const partial_sums = chunks > 16 ? many.data() : few;
-    torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
-      kernels.chunks(problem, begin, end, partial_sums);
-    });
-    store(cpu::add_pairwise(partial_sums, chunks) / divisor_of(problem), result_of(total));
+    run(problem, partial_sums);
+    const double loss = cpu::add_pairwise(partial_sums, chunks) / divisor_of(problem);
+    const Result result = result_of(total);
+    visit_floating(
+        result.dtype, [&](auto tag) { *static_cast<decltype(tag)*>(result.data) = store_as<decltype(tag)>(loss); });
   }
 
   static void rows(const Problem& problem, int64_t columns, const Tensor& loss) {
@@ -66,10 +61,10 @@ struct CpuBackend {
   }
 
  private:
-  static void store(double value, const Result& result) {
-    visit_floating(result.dtype, [&](auto tag) {
-      using To = decltype(tag);
-      *static_cast<To*>(result.data) = store_as<To>(value);
+  static void run(const Problem& problem, double* partial_sums) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    torch::stable::parallel_for(0, cpu::num_chunks(problem.numel), kChunksPerThread, [&](int64_t begin, int64_t end) {
+      kernels.chunks(problem, begin, end, partial_sums);
     });
   }
 };

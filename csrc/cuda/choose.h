@@ -36,7 +36,7 @@ void choose_logits(const Problem& problem, Action&& action) {
 template <Output kOutput, class Action>
 void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
   const bool is_weighted = problem.weight || problem.pos_weight;
-  if (!is_contiguous(problem) || !has_fixed_weights(problem, threads)) {
+  if (!is_contiguous(problem) || threads_with_fixed_weights(problem, threads) != threads) {
     return choose_strided_loop<makes_sum(kOutput)>(problem, action);
   }
   choose_logits(problem, [&](auto logits) {

@@ -14,8 +14,8 @@
 namespace fused_sce::cuda {
 
 // Logits and target contiguous, at most one weight and pos_weight for each column, at most an upstream gradient
-// (launch.h: is_contiguous, has_fixed_weights). `Target` is the target's type as it is stored, or ByteTarget or
-// AnyTarget.
+// (launch.h: is_contiguous, threads_with_fixed_weights). `Target` is the target's type as it is stored, or ByteTarget
+// or AnyTarget.
 template <Output kOutput, class Logits, class Target, bool kMayBeWeighted>
 struct ContiguousLoop {
   using T = float;
@@ -152,31 +152,31 @@ struct ContiguousLoop {
 
   FUSED_SCE_INLINE GroupResult compute_group(const Thread& thread, const LoadedGroup& group) {
     const Problem& problem = thread.problem;
+    T logits[kGroup];
     T target[kGroup];
     convert(problem, group.target, target);
-    GroupResult result = kMayBeWeighted && problem.pos_weight ? compute_with<true>(thread, group, target)
-                                                              : compute_with<false>(thread, group, target);
+    unpack(group.logits, logits);
+    GroupResult result;
+    const auto compute_with = [&](auto has_pos_weight) {
+      FUSED_SCE_UNROLL
+      for (int k = 0; k < kGroup; ++k) {
+        const LossAndGradient<T> each = Formula::template compute<decltype(has_pos_weight)::value>(
+            logits[k], target[k], thread.pos_weight[k], thread.scale);
+        result.loss[k] = each.loss;
+        result.gradient[k] = each.gradient;
+      }
+    };
+    if (kMayBeWeighted && problem.pos_weight) {
+      compute_with(std::true_type{});
+    } else {
+      compute_with(std::false_type{});
+    }
     if (kMayBeWeighted && problem.weight) {
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) {
         result.loss[k] *= thread.weight[k];
         result.gradient[k] *= thread.weight[k];
       }
-    }
-    return result;
-  }
-
-  template <bool kPosWeight>
-  FUSED_SCE_INLINE GroupResult compute_with(const Thread& thread, const LoadedGroup& group, const T (&target)[kGroup]) {
-    T logits[kGroup];
-    unpack(group.logits, logits);
-    GroupResult result;
-    FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) {
-      const LossAndGradient<T> each =
-          Formula::template compute<kPosWeight>(logits[k], target[k], thread.pos_weight[k], thread.scale);
-      result.loss[k] = each.loss;
-      result.gradient[k] = each.gradient;
     }
     return result;
   }
@@ -196,7 +196,7 @@ struct ContiguousLoop {
         element.pos_weight = load_weight<T>(problem.pos_weight, column * problem.pos_weight.strides[last]);
         element.has_pos_weight = bool(problem.pos_weight);
       }
-      sum.add(compute<Formula>(element, {}).loss, element);
+      sum.add(element, {});
     }
     return sum.value();
   }

@@ -75,14 +75,19 @@ FUSED_SCE_INLINE LossAndGradient<T> compute(const Element<T>& element, TwoPart<T
 // The sum of the losses of a group, added element by element.
 template <class Formula>
 class GroupSum {
+  using T = typename Formula::T;
+
  public:
-  // `loss`: by compute<Formula>().
-  FUSED_SCE_MEMBER void add(typename Formula::T loss, const Element<typename Formula::T>& element) {
-    sum_ += typename Formula::Accumulator(loss * element.weight);
+  // Returns what compute() does.
+  FUSED_SCE_MEMBER LossAndGradient<T> add(const Element<T>& element, TwoPart<T> scale) {
+    const LossAndGradient<T> result = compute<Formula>(element, scale);
+    sum_ += typename Formula::Accumulator(result.loss * element.weight);
     if constexpr (Formula::kRecomputesNonFinite) {
-      if (loss != loss) loss = compute<FullFormula<float>>(element, {}).loss;
+      const bool is_nan = result.loss != result.loss;
+      const T loss = is_nan ? compute<FullFormula<float>>(element, {}).loss : result.loss;
       recomputed_ += double(loss * element.weight);
     }
+    return result;
   }
 
   FUSED_SCE_MEMBER double value() const {

@@ -88,11 +88,6 @@ inline bool is_constant(const Problem& problem, const Operand& operand, int dims
   return std::all_of(operand.strides, operand.strides + dims, [](int64_t stride) { return stride == 0; });
 }
 
-// One value for all elements, read at offset 0.
-inline bool is_single(const Problem& problem, const Operand& operand) {
-  return is_constant(problem, operand, problem.ndim);
-}
-
 // How many of `threads` may take part so that a thread has the same columns in each of its groups, and can keep their
 // weights in registers: all where a thread has one group, else a multiple of the groups after which columns repeat. 0:
 // there are more columns than that.
@@ -103,11 +98,13 @@ constexpr int64_t threads_with_fixed_columns(int64_t threads, int64_t numel, int
   return threads / groups * groups;
 }
 
-// The same for the weights of a problem. 0 also where they are not one for each column or one for all.
+// The same for the weights of a problem: `threads` itself where each of them can keep its columns' weights. 0 also
+// where weights are not one for each column or one for all.
 inline int64_t threads_with_fixed_weights(const Problem& problem, int64_t threads) {
   const int last = problem.ndim - 1;
   if (!is_constant(problem, problem.weight, last) || !is_constant(problem, problem.pos_weight, last)) return 0;
-  const bool are_single = is_single(problem, problem.weight) && is_single(problem, problem.pos_weight);
+  const bool are_single =
+      is_constant(problem, problem.weight, last + 1) && is_constant(problem, problem.pos_weight, last + 1);
   const int64_t columns = are_single ? 1 : problem.sizes[last];
   return threads_with_fixed_columns(threads, problem.numel, group_size(problem.logits.dtype), columns);
 }
@@ -118,15 +115,10 @@ inline int64_t num_threads(const Problem& problem, int64_t launched) {
   return fixed > 0 ? fixed : launched;
 }
 
-// Whether each of `threads` threads can keep the weights of its columns in registers.
-inline bool has_fixed_weights(const Problem& problem, int64_t threads) {
-  return threads_with_fixed_weights(problem, threads) == threads;
-}
-
 // Whether ContiguousLoop can run the problem, apart from its weights.
 inline bool is_contiguous(const Problem& problem) {
   return problem.logits.contiguous && problem.target.contiguous && !problem.in_double &&
-         (problem.upstream.contiguous || is_single(problem, problem.upstream));
+         (problem.upstream.contiguous || is_constant(problem, problem.upstream, problem.ndim));
 }
 
 }  // namespace fused_sce::cuda

@@ -66,10 +66,10 @@ FUSED_SCE_INLINE Pack<Stored, kGroup> load_pack(const void* data, int64_t i, int
 template <class T, int kGroup, class Stored>
 FUSED_SCE_INLINE void store_pack(Stored* data, int64_t i, int count, bool wide, const T (&values)[kGroup]) {
   Stored* const to = data + i;
+  Stored stored[kGroup];
+  FUSED_SCE_UNROLL
+  for (int k = 0; k < kGroup; ++k) stored[k] = store_as<Stored>(values[k]);
   if (wide) {
-    Stored stored[kGroup];
-    FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) stored[k] = store_as<Stored>(values[k]);
     Pack<Stored, kGroup> pack;
     memcpy(&pack, stored, sizeof(pack));
     *reinterpret_cast<Pack<Stored, kGroup>*>(to) = pack;
@@ -77,7 +77,7 @@ FUSED_SCE_INLINE void store_pack(Stored* data, int64_t i, int count, bool wide, 
   }
   FUSED_SCE_UNROLL
   for (int k = 0; k < kGroup; ++k) {
-    if (k < count) to[k] = store_as<Stored>(values[k]);
+    if (k < count) to[k] = stored[k];
   }
 }
 

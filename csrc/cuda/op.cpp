@@ -30,12 +30,6 @@ cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
-}
-
 // The counter and the partial sums of one kernel at a time. There is one workspace for each stream, whose kernels run
 // one after the other; each leaves the counter at 0 for the next. It is never freed (32 KiB), and not taken from
 // torch's allocator: that may be serving a CUDA graph's private pool (torch.compile warms up in one), where a tensor
@@ -72,9 +66,11 @@ struct CudaBackend {
     const DeviceGuard guard(total.get_device_index());
     const cudaStream_t stream = current_stream(total);
     const int64_t words = cuda::workspace_words(problem);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (words > 0) check(cudaStreamIsCapturing(stream, &capture));
     double* workspace = nullptr;
     OptionalTensor zeros;
-    if (words > 0 && is_capturing(stream)) {
+    if (capture != cudaStreamCaptureStatusNone) {
       // A CUDA graph may be replayed on any stream, beside kernels that use this stream's workspace, and two counts in
       // one counter would lose a block. So each captured sum has its own, zeroed by the graph.
       zeros = new_tensor(total, std::vector<int64_t>{words}, ScalarType::Double);
@@ -93,7 +89,7 @@ struct CudaBackend {
 };
 
 void scale(StableIValue* stack, uint64_t, uint64_t) {
-  Values values(stack);
+  Values values{stack};
   const Tensor self = values.next<Tensor>();
   const Tensor factor = values.next<Tensor>();
   check_scale(self, factor);

@@ -63,8 +63,7 @@ struct StridedLoop {
             load_element<T>(problem.logits, at.logits), load_target<T>(problem, at.target),
             load_weight<T>(problem.weight, at.weight), load_weight<T>(problem.pos_weight, at.pos_weight),
             bool(problem.pos_weight)};
-        const LossAndGradient<T> result = compute<Formula>(element, scale);
-        group_sum.add(result.loss, element);
+        const LossAndGradient<T> result = group_sum.add(element, scale);
         if (problem.loss) store_element(problem.loss, i, result.loss * element.weight);
         if (problem.gradient) {
           T gradient = result.gradient * element.weight;

@@ -22,7 +22,6 @@
 #include <cstdint>
 
 #include "exp_log1p.h"
-#include "special_functions.h"
 
 namespace fused_sce {
 

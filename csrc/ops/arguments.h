@@ -24,17 +24,13 @@ using OptionalTensor = std::optional<Tensor>;
 #define FUSED_SCE_RESULT "str reduction='none', ScalarType? dtype=None"
 
 // Takes the values of a call from the stack, one after the other.
-class Values {
- public:
-  explicit Values(StableIValue* stack) : next_(stack) {}
+struct Values {
+  StableIValue* stack;
 
   template <class T>
   T next() {
-    return torch::stable::detail::to<T>(*next_++);
+    return torch::stable::detail::to<T>(*stack++);
   }
-
- private:
-  StableIValue* next_;
 };
 
 // Members take their values in the order in which they stand here.

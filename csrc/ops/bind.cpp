@@ -19,15 +19,13 @@ struct Named {
 };
 
 // The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, grad_output.
-class Operands {
- public:
-  void add(const char* name, const Tensor& tensor, Operand& operand) { each_[count_++] = {name, &tensor, &operand}; }
-  Named* begin() { return each_; }
-  Named* end() { return each_ + count_; }
+struct Operands {
+  Named each[5];
+  int count = 0;
 
- private:
-  Named each_[5];
-  int count_ = 0;
+  void add(const char* name, const Tensor& tensor, Operand& operand) { each[count++] = {name, &tensor, &operand}; }
+  Named* begin() { return each; }
+  Named* end() { return each + count; }
 };
 
 // The shape of a tensor, as an error message shows it.

@@ -17,7 +17,7 @@ template <class Backend>
 struct OpKernels {
   // Each is a boxed kernel: it takes all arguments from the stack first, then leaves the results there.
   static void loss(StableIValue* stack, uint64_t, uint64_t) {
-    Values values(stack);
+    Values values{stack};
     const Arguments arguments(values);
     const Reduction reduction = reduction_of(arguments);
     if (reduction == Reduction::None && (arguments.options.divisor != 1 || arguments.count)) {
@@ -44,7 +44,7 @@ struct OpKernels {
   // kInto: the gradient goes into memory that the caller has, which is then the last argument and no result.
   template <bool kInto>
   static void forward(StableIValue* stack, uint64_t, uint64_t) {
-    Values values(stack);
+    Values values{stack};
     const Arguments arguments(values);
     const Tensor gradient = kInto ? values.next<Tensor>() : new_gradient(arguments.input);
     BoundProblem bound = bind(arguments);
@@ -61,7 +61,7 @@ struct OpKernels {
 
   template <bool kInto>
   static void backward(StableIValue* stack, uint64_t, uint64_t) {
-    Values values(stack);
+    Values values{stack};
     const Tensor grad_output = values.next<Tensor>();
     const Arguments arguments(values);
     const Tensor gradient = kInto ? values.next<Tensor>() : new_gradient(arguments.input);

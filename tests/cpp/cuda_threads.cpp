@@ -643,7 +643,7 @@ void test_weights_in_registers() {
             const int64_t launched = int64_t(blocks ? blocks : cuda::num_blocks(problem)) * kThreads;
             const int64_t threads = cuda::num_threads(problem, launched);
             expect(
-                cuda::has_fixed_weights(problem, threads) || columns == 1000, "%s",
+                cuda::threads_with_fixed_weights(problem, threads) == threads || columns == 1000, "%s",
                 describe("weights", problem).c_str());
             for (Wanted wanted : kAllWanted) {
               check(problem, wanted, kFloatTypes[turn % 4], turn / 2 % 2, describe("weights", problem), blocks);
