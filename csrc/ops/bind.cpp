@@ -16,6 +16,9 @@ struct Named {
   const char* name = nullptr;
   const Tensor* tensor = nullptr;
   Operand* operand = nullptr;
+  // Asked for once: each question is a call through the stable ABI.
+  IntHeaderOnlyArrayRef sizes = {};
+  IntHeaderOnlyArrayRef strides = {};
 };
 
 // The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, grad_output.
@@ -56,21 +59,22 @@ bool broadcasts_to(IntHeaderOnlyArrayRef own, IntHeaderOnlyArrayRef sizes) {
   return true;
 }
 
-// The stride of `tensor`, broadcast to `dims` dimensions, along dimension `dim` of these.
-int64_t broadcast_stride(const Tensor& tensor, int64_t dims, int64_t dim) {
-  const int64_t own = dim - (dims - tensor.dim());
-  return own < 0 || tensor.size(own) == 1 ? 0 : tensor.stride(own);
+// The stride of an operand, broadcast to `dims` dimensions, along dimension `dim` of these.
+int64_t broadcast_stride(const Named& each, size_t dims, size_t dim) {
+  const size_t missing = dims - each.sizes.size();
+  return dim < missing || each.sizes[dim - missing] == 1 ? 0 : each.strides[dim - missing];
 }
 
 // Drops dimensions of size 1 and merges neighbours wherever the strides of every operand allow it. False: more than
 // kMaxDims are left.
 bool merge_dimensions(IntHeaderOnlyArrayRef sizes, Operands& operands, Problem& problem) {
-  const int64_t dims = int64_t(sizes.size());
+  const size_t dims = sizes.size();
+  for (Named& each : operands) each.strides = each.tensor->strides();
   problem.ndim = 0;
-  for (int64_t dim = 0; dim < dims; ++dim) {
+  for (size_t dim = 0; dim < dims; ++dim) {
     if (sizes[dim] == 1) continue;
     const bool joins = problem.ndim > 0 && std::all_of(operands.begin(), operands.end(), [&](const Named& each) {
-                         const int64_t stride = broadcast_stride(*each.tensor, dims, dim);
+                         const int64_t stride = broadcast_stride(each, dims, dim);
                          return each.operand->strides[problem.ndim - 1] == stride * sizes[dim];
                        });
     if (joins) {
@@ -81,7 +85,7 @@ bool merge_dimensions(IntHeaderOnlyArrayRef sizes, Operands& operands, Problem& 
       problem.sizes[problem.ndim++] = sizes[dim];
     }
     for (const Named& each : operands) {
-      each.operand->strides[problem.ndim - 1] = broadcast_stride(*each.tensor, dims, dim);
+      each.operand->strides[problem.ndim - 1] = broadcast_stride(each, dims, dim);
     }
   }
   if (problem.ndim == 0) {
@@ -101,10 +105,9 @@ Tensor materialized(const Tensor& tensor, const Tensor& input) {
 // The memory of a tensor: never null, which would mean an absent one.
 const void* data_of(const Tensor& tensor, const char* name) {
   static const char kEmpty = 0;
-  if (tensor.numel() == 0) return &kEmpty;
   const void* data = tensor.const_data_ptr();
-  if (!data) fail(name, " has no memory: its storage was resized to 0 bytes");
-  return data;
+  if (!data && tensor.numel() > 0) fail(name, " has no memory: its storage was resized to 0 bytes");
+  return data ? data : &kEmpty;
 }
 
 // The first byte of a tensor's elements and the byte after the last. Empty tensors have none.
@@ -198,7 +201,8 @@ BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
       replace(each, torch::stable::to(*each.tensor, input.device()));
     }
     check_same_device(*each.tensor, each.name, input);
-    if (!broadcasts_to(each.tensor->sizes(), sizes)) {
+    each.sizes = each.tensor->sizes();
+    if (!broadcasts_to(each.sizes, sizes)) {
       fail(each.name, " of shape ", shape_of(*each.tensor), " does not broadcast to input's shape ", shape_of(input));
     }
     each.operand->dtype = dtype_of(*each.tensor, each.name);
@@ -211,7 +215,7 @@ BoundProblem bind(const Arguments& arguments, const Tensor* upstream) {
       replace(each, torch::stable::to(*each.tensor, computing_type));
       each.operand->dtype = problem.in_double ? DType::Float64 : DType::Float32;
     }
-    each.operand->contiguous = each.tensor->is_contiguous() && each.tensor->sizes().equals(sizes);
+    each.operand->contiguous = each.tensor->is_contiguous() && each.sizes.equals(sizes);
     all_contiguous = all_contiguous && each.operand->contiguous;
   }
 
