@@ -293,7 +293,7 @@ def test_conversions_of_16_bit_types(formulas: ModuleType, dtype: str) -> None:
 def unit_errors(size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Relative errors of exp2 and reciprocal: every combination of the largest of either sign and 0; then at random.
 
-    For a mantissa of 1 they are the 2 ULP and 1 ULP of special_functions.h, for one of almost 2 twice as many.
+    For a mantissa of 1 they are the 2 ULP and 1 ULP of floats.h, for one of almost 2 twice as many.
     """
     for exp2_sign, reciprocal_sign in itertools.product((-1, 0, 1), repeat=2):
         yield np.full(size, exp2_sign * 2.0**-22), np.full(size, reciprocal_sign * 2.0**-23)

@@ -100,6 +100,25 @@ def test_gradient_may_not_overlap_the_arguments() -> None:
             ops._sigmoid_cross_entropy_forward_out(*arguments, reduction="sum", gradient=x)
 
 
+def test_upstream_may_not_lie_in_the_gradient() -> None:
+    buffer = torch.rand(60)
+    gradient = buffer[:54].view(6, 9)
+    for upstream in (gradient, buffer[1:55].view(6, 9), buffer[3]):
+        with pytest.raises(RuntimeError, match="overlaps the memory of an argument"):
+            ops._sigmoid_cross_entropy_backward_out(upstream, torch.randn(6, 9), torch.rand(6, 9), gradient=gradient)
+
+
+def test_results_and_counts_without_memory_are_noticed() -> None:
+    x, t = torch.randn(6, 9), torch.rand(6, 9)
+    gradient, count = torch.empty(6, 9), torch.tensor([3])
+    for tensor in (gradient, count):
+        tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="gradient has no memory"):
+        ops._sigmoid_cross_entropy_forward_out(x, t, reduction="sum", gradient=gradient)
+    with pytest.raises(RuntimeError, match="count has no memory"):
+        ops.sigmoid_cross_entropy(x, t, None, None, count, reduction="sum")
+
+
 @pytest.mark.parametrize("count", [0, 1, 5, 2**40])
 @pytest.mark.parametrize("reduction", ["rows", "sum"])
 def test_count_divides(device: str, count: int, reduction: str) -> None:
@@ -136,6 +155,8 @@ def test_scale_reads_a_factor_of_any_type(dtype: torch.dtype) -> None:
         assert torch.equal(values, expected)
     with pytest.raises(RuntimeError, match="factor lies in the memory of self"):
         ops._scale_(values, values[3])
+    with pytest.raises(RuntimeError, match="self"):
+        ops._scale_(values.to(torch.int8), values[3])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sum_classes"])
