@@ -33,8 +33,10 @@ def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
     """The loss by the kernels, recorded by autograd where a gradient is wanted."""
     if needs_graph(tensors):
         input, target, *factors = tensors
-        function = SigmoidCrossEntropyInPlace if inplace else SigmoidCrossEntropy
-        value: Tensor = function.apply(input, target, factors, options)
+        if inplace:
+            value: Tensor = SigmoidCrossEntropyInPlace.apply(input, target, factors, options)[0]
+        else:
+            value = SigmoidCrossEntropy.apply(input, target, factors, options)
         return value
     return _without_graph(tensors, options)
 
@@ -110,21 +112,31 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, factors: tuple[Any, ...], options: Options) -> Tensor:
-        """The loss."""
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, factors: tuple[Any, ...], options: Options
+    ) -> tuple[Tensor, ...]:
+        """The loss, and the overwritten logits: whoever uses these from now on sends a gradient to that output."""
         ctx.options = options
         ctx.gradient, ctx.is_spent = None, False
+        ctx.set_materialize_grads(False)
         if not _makes_gradient(ctx, input, options):
             ctx.save_for_backward(input, target, *factors)
-            return _without_graph((input, target, *factors), options)
+            return (_without_graph((input, target, *factors), options),)
         value: Tensor = _forward_out(input, target, *factors, *options, gradient=input)
         ctx.gradient = input.detach()  # not saved: autograd would refuse to give back what has changed
-        torch.autograd.graph.increment_version(input)
-        return value
+        ctx.mark_dirty(input)
+        return value, input
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *of_logits: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient by input, once."""
+        if of_logits and of_logits[0] is not None:
+            raise RuntimeError(
+                "The logits were used after a loss with inplace=True had overwritten them with their gradient. Use "
+                "inplace=False"
+            )
+        if grad_output is None:
+            return None, None, None, None
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "inplace=True has no second derivative (create_graph=True): the gradient overwrites the logits. "

@@ -18,8 +18,9 @@ def _load() -> bool:
     core = _FOLDER / "libfused_sce.so"
     if not core.exists():
         raise ImportError(
-            f"fused_sce's core is not built: {core} does not exist. This is a source folder that was not installed. "
-            "Run\n    pip install --no-build-isolation -e ."
+            f"fused_sce's core is not built: {core} does not exist. This is the source folder, which Python finds "
+            "before an installed fused_sce. Change to another folder, or build the core here:\n"
+            "    pip install --no-build-isolation -e ."
         )
     try:
         torch.ops.load_library(core)

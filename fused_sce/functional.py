@@ -125,10 +125,11 @@ def sigmoid_cross_entropy(
             over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
         label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`, rounded to the dtype computed in.
         smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's.
-        inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Nothing may read
-            them afterwards: a backward pass of anything that saved them (torch notices by their version), `backward`
-            for a second time, `create_graph=True` and a gradient by target are errors. Logits that are not contiguous,
-            tensor subclasses and DTensors, compiled programs and transforms of `torch.func` are treated as with False.
+        inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Read them (for
+            metrics, say) before the loss: afterwards they hold the gradient. A backward pass through another use of
+            them, before or after the loss, `backward` for a second time, `create_graph=True` and a gradient by target
+            are errors. Views, logits that are not contiguous, tensor subclasses and DTensors, compiled programs and
+            transforms of `torch.func` are treated as with False.
 
     Returns:
         The loss: a scalar, or of the input's shape for "none". Its dtype is the target's if that is floating point,
@@ -306,4 +307,7 @@ def _can_overwrite(logits: Tensor, target: Tensor) -> bool:
         raise RuntimeError(
             "inplace=True has no gradient by target: it overwrites the logits, which that needs. Use inplace=False"
         )
-    return type(logits) is Tensor and not logits.is_meta and not logits.is_neg() and logits.is_contiguous()
+    if type(logits) is not Tensor or logits.is_meta or logits.is_neg():
+        return False
+    # autograd cannot record that a view is overwritten by a function with two outputs
+    return logits._base is None and logits.is_contiguous()

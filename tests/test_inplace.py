@@ -70,13 +70,14 @@ def test_training_is_the_same(reduction: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_memory_beyond_the_inputs(dtype: torch.dtype, reduction: str) -> None:
-    logits = torch.randn(256, 1000, dtype=dtype).requires_grad_() * 1
+    leaf = torch.randn(256, 1000, dtype=dtype).requires_grad_()
+    logits = leaf.clone()  # whose backward pass takes no memory
     t = torch.rand(256, 1000) < 0.5
     upstream = torch.ones(256, 1000, dtype=dtype) if reduction == "none" else torch.ones((), dtype=dtype)
     result = logits.nbytes if reduction == "none" else 0
 
     def step() -> None:
-        torch.autograd.grad(loss_of(logits, t, reduction, inplace=True), logits, upstream)
+        torch.autograd.grad(loss_of(logits, t, reduction, inplace=True), leaf, upstream)
 
     assert [size for size in allocations(step) if size > 4096] == [result] * bool(result)
 
@@ -91,11 +92,29 @@ def test_whoever_saved_the_logits_fails_loudly(use: Callable[[Tensor], Tensor], 
         torch.autograd.backward((value, other))
 
 
-def test_one_backward_pass_without_a_graph() -> None:
-    logits, t = torch.randn(4, 5).requires_grad_() * 1, torch.rand(4, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z, t: loss_of(z, t, "mean", inplace=True),  # mixup: two losses of the same logits
+        lambda z, t: loss_of(z, t, "sum", inplace=False),
+        lambda z, t: (z**2).mean(),
+        lambda z, t: z.sum(),
+    ],
+)
+def test_a_use_after_the_loss_fails_loudly(dtype: torch.dtype, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+    logits, t = torch.randn(4, 5, dtype=dtype).requires_grad_() * 1, torch.rand(4, 5)
     value = loss_of(logits, t, "mean", inplace=True)
+    other = use(logits, t)
+    with pytest.raises(RuntimeError, match="used after a loss with inplace=True had overwritten them"):
+        (value + other).backward()
+
+
+def test_one_backward_pass_without_a_graph() -> None:
+    leaf, t = torch.randn(4, 5).requires_grad_(), torch.rand(4, 5)
+    value = loss_of(leaf * 1, t, "mean", inplace=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(value, logits, create_graph=True)
+        torch.autograd.grad(value, leaf, create_graph=True)
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="allows one backward pass"):
         value.backward()
@@ -156,8 +175,8 @@ def test_what_cannot_be_overwritten() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[:1].expand(4, 6), lambda x: x.detach()],
-    ids=["transposed", "strided", "expanded", "no gradient"],
+    [lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[:1].expand(4, 6), lambda x: x.detach(), lambda x: x.view(6, 4)],
+    ids=["transposed", "strided", "expanded", "no gradient", "view"],
 )
 def test_the_ordinary_way_leaves_the_logits_alone(layout: Callable[[Tensor], Tensor]) -> None:
     leaf = torch.randn(4, 6, requires_grad=True)
