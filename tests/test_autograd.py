@@ -408,3 +408,19 @@ def test_anomaly_mode(loss: Loss) -> None:
     with torch.autograd.detect_anomaly(check_nan=True):
         loss(x, t).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("upstream", [1e-9, 2.0**17])
+def test_a_narrow_weight_does_not_narrow_the_gradients(device: str, upstream: float) -> None:
+    # all is computed in the computing dtype: in the weight's float16 these factors are 0 and infinite
+    x, t = sample(device, torch.float32)
+    weight = torch.rand(5, device=device).half()
+    gradients = []
+    for factor in (weight, weight.float()):
+        for create_graph in (False, True):
+            value = F.sigmoid_cross_entropy(x, t, weight=factor, pos_weight=factor, reduction="sum")
+            grads = torch.autograd.grad(value, (x, t), torch.tensor(upstream, device=device), create_graph=create_graph)
+            gradients.append([gradient.detach() for gradient in grads])
+    for ours, expected in zip(gradients[:2], gradients[2:], strict=True):
+        assert all(gradient.isfinite().all() and gradient.ne(0).all() for gradient in ours)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)

@@ -119,3 +119,12 @@ def test_self_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fused_sce.functional, "sigmoid_cross_entropy", torchs)
     failures = command.self_check("cpu")
     assert any("gradient of logit 40, target 1 is" in failure for failure in failures)
+
+
+def test_a_loss_does_not_import_the_onnx_exporter() -> None:
+    code = (
+        "import sys, torch, fused_sce; before = 'torch.onnx' in sys.modules\n"
+        "fused_sce.BCEWithLogitsLoss()(torch.randn(2, 3, requires_grad=True), torch.rand(2, 3)).backward()\n"
+        "assert before or 'torch.onnx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
