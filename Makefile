@@ -15,9 +15,9 @@ CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h'
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(INSTALLED)  ## Make .venv with torch and every extra, and build the extension in place
+setup: $(INSTALLED)  ## Make .venv with torch and every extra, and build the core in place
 
-# torch first: the extension is compiled against it (--no-build-isolation), and must see it while it is built.
+# torch first: the core is compiled with its headers (--no-build-isolation).
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fused_sce needs Python 3.10 or newer, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +56,7 @@ kernel: build/kernel  ## Time the CPU kernels alone, without torch, for every in
 # compares with what a GPU does, so with fused multiply-add throughout.
 SANITIZE := $(CXX) -O1 -g -fno-sanitize-recover=all $(KERNEL_FLAGS)
 FMA := $(if $(filter x86_64,$(shell uname -m)),-mfma)
-# The last two lines: the whole extension, called from many Python threads. The thread sanitizer wants its runtime loaded
+# The last two lines: the whole core, called from many Python threads. The thread sanitizer wants its runtime loaded
 # first, and addresses that it knows (Linux may place memory where it keeps its shadow).
 FIXED_ADDRESSES := setarch $(shell uname -m) --addr-no-randomize
 sanitize: setup  ## Run the kernels under the address, undefined-behaviour and thread sanitizers
