@@ -8,7 +8,9 @@ Environment variables:
 FUSED_SCE_CUDA          1 builds the CUDA kernels or fails with the reason, 0 leaves them out; unset builds them where
                         nvcc and a CUDA torch of the same major version are found, and says which it was.
 TORCH_CUDA_ARCH_LIST    GPU architectures, as for every torch extension; unset: those of the visible GPUs, or
-DEFAULT_ARCHS. CUDA_HOME, MAX_JOBS     as for every torch extension.
+                        DEFAULT_ARCHS.
+CXX                     the C++ compiler; unset: c++. CC: the compiler that nvcc calls; unset: gcc.
+CUDA_HOME, MAX_JOBS     as for every torch extension.
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import Extension, __version__, setup
 
 ROOT = Path(__file__).parent
 
@@ -45,6 +46,39 @@ NVCC_FLAGS = [
     *["-Xcompiler=-fvisibility=hidden", *STABLE_ABI],
 ]
 LINK_FLAGS = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s"]
+
+if int(__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"fused_sce: building needs setuptools 77 or newer, got {__version__}. Install it with\n"
+        '    pip install "setuptools>=77"'
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (older ones lack it)
+
+
+def choose_compiler() -> None:
+    """Stop where no C++17 compiles: the build itself would bury that in a hundred lines."""
+    compiler = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        run = subprocess.run(command, input="#include <optional>\n", capture_output=True, text=True, check=False)
+    except OSError as cannot_run:
+        error = str(cannot_run.strerror)
+    else:
+        if run.returncode == 0:
+            os.environ["CXX"] = compiler  # unset, setuptools would link with the one that compiled Python
+            return
+        error = run.stderr.strip() or f"exit status {run.returncode}"
+    origin = "from CXX" if "CXX" in os.environ else "CXX is not set"
+    sys.exit(
+        f"fused_sce: building needs a C++17 compiler. Tried {compiler!r} ({origin}): {error}\n"
+        "Install one, for example with\n"
+        "    apt install g++\n"
+        "or set CXX to the name or the path of one, without options."
+    )
+
+
+choose_compiler()  # before torch is imported, which may warn of something else
 
 
 def cuda_home() -> Path | None:
@@ -73,6 +107,8 @@ except ImportError as error:
         "    pip install --no-build-isolation .\n"
         "(with build isolation pip downloads another torch for the build alone)"
     )
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    sys.exit(f"fused_sce: building needs torch 2.11 or newer, got {torch.__version__}. Upgrade torch first.")
 
 
 def nvcc_version(home: Path) -> str:
@@ -84,6 +120,14 @@ def nvcc_version(home: Path) -> str:
     return found.group(1)
 
 
+def host_compiler_error(home: Path) -> str:
+    """What nvcc says against the compiler that it calls for the code outside kernels; empty if nothing."""
+    compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch.utils.cpp_extension calls it
+    command = [home / "bin/nvcc", *compiler, "-E", "-x", "cu", "/dev/null"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stderr.rstrip() if run.returncode else ""
+
+
 def cuda_obstacle() -> str | None:
     """Why the CUDA kernels cannot be built here; None if they can."""
     if torch.version.cuda is None:
@@ -93,6 +137,8 @@ def cuda_obstacle() -> str | None:
     version = nvcc_version(HOME)
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc is {version}, but torch was built with CUDA {torch.version.cuda}: the major versions must match"
+    if error := host_compiler_error(HOME):
+        return f"nvcc {version} does not work with the host compiler ({os.environ.get('CC', 'gcc')}):\n{error}"
     return None
 
 

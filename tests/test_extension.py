@@ -87,22 +87,82 @@ def test_cuda_switch() -> None:
     assert "FUSED_SCE_CUDA must be 0, 1 or unset, got 'yes'" in wrong.stderr
 
 
+def fake_nvcc(folder: Path, script: str) -> str:
+    """A CUDA toolkit whose nvcc is a shell script."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "include").mkdir()
+    (folder / "include/cuda_runtime.h").touch()
+    write_program(folder / "bin/nvcc", script)
+    return str(folder)
+
+
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 def test_forced_cuda_fails_with_the_reason(tmp_path: Path) -> None:
     # a toolkit of a CUDA version that no torch is built with
-    toolkit = tmp_path / "cuda"
-    (toolkit / "bin").mkdir(parents=True)
-    (toolkit / "include").mkdir()
-    (toolkit / "include/cuda_runtime.h").touch()
-    nvcc = toolkit / "bin/nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.148'\n")
-    nvcc.chmod(0o755)
-    forced = run_setup(FUSED_SCE_CUDA="1", CUDA_HOME=str(toolkit))
+    toolkit = fake_nvcc(tmp_path / "cuda", "echo 'Cuda compilation tools, release 9.2, V9.2.148'")
+    forced = run_setup(FUSED_SCE_CUDA="1", CUDA_HOME=toolkit)
     assert forced.returncode != 0
     assert "FUSED_SCE_CUDA=1, but " in forced.stderr
     assert "nvcc is 9.2" in forced.stderr or "a build without CUDA" in forced.stderr
-    left_to_setup = run_setup(FUSED_SCE_CUDA="", CUDA_HOME=str(toolkit))
+    left_to_setup = run_setup(FUSED_SCE_CUDA="", CUDA_HOME=toolkit)
     assert left_to_setup.returncode == 0, left_to_setup.stderr
     assert "building for the CPU only: " in left_to_setup.stdout
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+def test_nvcc_without_a_host_compiler(tmp_path: Path) -> None:
+    version = f"echo 'release {torch.version.cuda}, V{torch.version.cuda}'"
+    error = 'echo "$2: No such file or directory" >&2; exit 1'
+    toolkit = fake_nvcc(tmp_path / "cuda", f'[ "$1" = --version ] && {version} || {{ {error}; }}')
+    reason = (
+        f"nvcc {torch.version.cuda} does not work with the host compiler (/nowhere/gcc):\n"
+        "/nowhere/gcc: No such file or directory\n"
+    )
+    forced = run_setup(FUSED_SCE_CUDA="1", CUDA_HOME=toolkit, CC="/nowhere/gcc")
+    assert forced.returncode == 1
+    assert f"FUSED_SCE_CUDA=1, but {reason}" in forced.stderr
+    left_to_setup = run_setup(FUSED_SCE_CUDA="", CUDA_HOME=toolkit, CC="/nowhere/gcc")
+    assert left_to_setup.returncode == 0, left_to_setup.stderr
+    assert f"building for the CPU only: {reason}" in left_to_setup.stdout
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    old = tmp_path / "old-g++"
+    write_program(old, "echo 'error: unrecognized option -std=c++17' >&2; exit 1")
+    silent = tmp_path / "silent-g++"
+    write_program(silent, "exit 3")
+    for variables, tried in (
+        ({"PATH": str(tmp_path)}, "'c++' (CXX is not set): No such file or directory"),
+        ({"CXX": "/nowhere/g++"}, "'/nowhere/g++' (from CXX): No such file or directory"),
+        ({"CXX": "g++ -m64"}, "'g++ -m64' (from CXX): No such file or directory"),
+        ({"CXX": str(old)}, f"'{old}' (from CXX): error: unrecognized option -std=c++17"),
+        ({"CXX": str(silent)}, f"'{silent}' (from CXX): exit status 3"),
+    ):
+        run = run_setup(**variables)
+        assert run.returncode == 1
+        assert run.stdout == ""
+        lines = run.stderr.splitlines()
+        assert lines[0] == f"fused_sce: building needs a C++17 compiler. Tried {tried}"
+        assert lines[2].strip() == "apt install g++"
+        assert len(lines) == 4
+
+
+def test_old_build_requirements(tmp_path: Path) -> None:
+    for name, version, needed in (("setuptools", "65.5.0", "setuptools 77"), ("torch", "2.10.1+cpu", "torch 2.11")):
+        package = tmp_path / name / name
+        (package / "utils").mkdir(parents=True)
+        names = "Extension = setup = BuildExtension = CppExtension = CUDAExtension = None"
+        (package / "__init__.py").write_text(f"__version__ = {version!r}\n{names}\n")
+        (package / "utils/cpp_extension.py").write_text(names)
+        run = run_setup(PYTHONPATH=str(tmp_path / name))
+        assert run.returncode == 1
+        assert run.stderr.startswith(f"fused_sce: building needs {needed} or newer, got {version}. ")
+        assert "Traceback" not in run.stderr
 
 
 def test_self_check_command() -> None:
