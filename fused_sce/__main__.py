@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "compiler": facts["compiler"],
         "CPU kernels": f"{facts['isa']} (of {facts['isas']}), {torch.get_num_threads()} threads",
-        "CUDA kernels": facts["cuda"] or "none: built for the CPU only, or torch has no CUDA",
+        "CUDA kernels": facts["cuda"] or f"none: {_library.why_no_cuda_kernels()}",
         "GPUs": ", ".join(gpus) or "none visible",
     }
 
@@ -54,7 +54,12 @@ def self_check(device: str) -> list[str]:
 
 def main() -> int:
     """Print the facts and the check; 0 if all is well."""
-    for name, value in versions().items():
+    try:
+        facts = versions()
+    except ValueError as error:  # FUSED_SCE_ISA names an instruction set that cannot run
+        print(error, file=sys.stderr)
+        return 1
+    for name, value in facts.items():
         print(f"{name:14}{value}")
     devices = ["cpu"]
     if _library.has_cuda_kernels and torch.cuda.is_available():

@@ -39,8 +39,19 @@ def _load() -> bool:
 has_cuda_kernels = _load()
 
 
+def why_no_cuda_kernels() -> str:
+    """What keeps the CUDA kernels away where `has_cuda_kernels` is false."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    return "fused_sce was built for the CPU only"
+
+
 def build_facts() -> dict[str, str]:
-    """What was built: "compiler", "isa" (the CPU instruction set in use), "isas" (those that can run), "cuda"."""
+    """What was built: "compiler", "isa" (the CPU instruction set in use), "isas" (those that can run), "cuda".
+
+    Raises:
+        ValueError: The environment variable FUSED_SCE_ISA names an instruction set that cannot run.
+    """
     lines: str = torch.ops.fused_sce._cpu_build()
     facts = dict(line.split(": ", 1) for line in lines.splitlines())
     facts["cuda"] = torch.ops.fused_sce._cuda_build() if has_cuda_kernels else ""

@@ -277,11 +277,7 @@ _KERNEL_DEVICES = ("cpu", "meta", "cuda") if _library.has_cuda_kernels else ("cp
 @functools.cache
 def _warn_without_kernels(device_type: str) -> None:
     """Say once for each device type what it means that there are none."""
-    reason = (
-        "this build or torch has no CUDA; `python -m fused_sce` shows the build"
-        if device_type == "cuda"
-        else "there are kernels for CPU and CUDA only"
-    )
+    reason = _library.why_no_cuda_kernels() if device_type == "cuda" else "there are kernels for CPU and CUDA only"
     warnings.warn(
         f"fused_sce computes losses on {device_type} tensors with plain torch operations, right but not fused: "
         f"{reason}",

@@ -172,6 +172,34 @@ def test_self_check_command() -> None:
         assert fact in run.stdout
 
 
+def test_unknown_instruction_set() -> None:
+    error = f"FUSED_SCE_ISA=sse9: this build and processor offer {_library.build_facts()['isas']}"
+    environment = {**os.environ, "FUSED_SCE_ISA": "sse9"}
+    command = [sys.executable, "-m", "fused_sce"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", f"{error}\n")
+    code = (
+        "import torch, fused_sce\n"
+        "for n in 8, 100_000:\n"
+        "    try: fused_sce.BCEWithLogitsLoss()(torch.randn(n, requires_grad=True), torch.rand(n))\n"
+        "    except ValueError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{error}\n" * 2
+
+
+def test_why_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_sce import __main__ as command
+
+    monkeypatch.setattr(_library, "has_cuda_kernels", False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert command.versions()["CUDA kernels"] == f"none: torch {torch.__version__} has no CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert command.versions()["CUDA kernels"] == "none: fused_sce was built for the CPU only"
+    with pytest.warns(UserWarning, match="right but not fused: fused_sce was built for the CPU only"):
+        fused_sce.functional._warn_without_kernels.__wrapped__("cuda")
+
+
 def test_self_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_sce import __main__ as command
 
