@@ -12,12 +12,16 @@ from torch import Tensor
 from fused_sce import _sharding
 from fused_sce._torch_private import allows_implicit_replication
 
+# What the kernels read (DType in csrc/dtypes.h).
+_LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OTHERS = (*_LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> None:
     """Check the tensors of a loss against each other.
 
     Raises:
-        TypeError: An argument is no dense tensor, `input` is not floating point, or another one is complex.
+        TypeError: An argument is no dense tensor, or has a dtype that the kernels do not read.
         ValueError: `target` has another shape than `input`.
         RuntimeError: `weight` or `pos_weight` does not broadcast to `input`'s shape, or a tensor is on another device,
             or only some are DTensors, or they are on different meshes.
@@ -30,22 +34,25 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
     for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
         check_dense(name, tensor)
         check_mesh(name, tensor, input)  # before the shapes: a rank's own part has another one than the whole
-    if not input.is_floating_point():
-        raise TypeError(
-            f"input must hold floating-point logits, got dtype {input.dtype}"
-            + (": did input and target change places?" if target.is_floating_point() else "")
-        )
+    changed_places = target.is_floating_point() and not input.is_floating_point()
+    check_dtype("input", input, _LOGITS, ": did input and target change places?" if changed_places else "")
     if target.shape != input.shape:
         raise ValueError(
             f"Target size ({target.shape}) must be the same as input size ({input.shape})" + shape_hint(input, target)
         )
-    if target.is_complex():
-        raise TypeError(f"target must be real, got dtype {target.dtype}")
+    check_dtype("target", target)
     check_device("target", target, input)
     if weight is not None:
         check_factor("weight", weight, input)
     if pos_weight is not None:
         check_factor("pos_weight", pos_weight, input)
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = _OTHERS, hint: str = "") -> None:
+    """Check that the kernels read a tensor's dtype."""
+    if tensor.dtype not in allowed:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} must have dtype {', '.join(most)} or {last}, got {tensor.dtype}{hint}")
 
 
 def check_dense(name: str, tensor: Tensor | None) -> None:
@@ -82,8 +89,7 @@ def check_factor(name: str, factor: Tensor, input: Tensor) -> None:
     """Check that `weight` or `pos_weight` broadcasts to `input`'s shape."""
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
-    if factor.is_complex():
-        raise TypeError(f"{name} must be real, got dtype {factor.dtype}")
+    check_dtype(name, factor)
     missing = input.dim() - factor.dim()
     fits = missing >= 0 and all(
         own in (1, of_input) for own, of_input in zip(factor.shape, input.shape[max(missing, 0) :], strict=False)
@@ -91,8 +97,21 @@ def check_factor(name: str, factor: Tensor, input: Tensor) -> None:
     if not fits:
         raise RuntimeError(
             f"{name} of shape {tuple(factor.shape)} does not broadcast to input's shape {tuple(input.shape)}"
+            + view_hint(name, factor, input)
         )
     check_device(name, factor, input)
+
+
+def view_hint(name: str, factor: Tensor, input: Tensor) -> str:
+    """The view of a factor that broadcasts, if its values fit one dimension of the logits alone: an error's end.
+
+    With -1 rather than the size, which may be that of a batch.
+    """
+    fitting = [dim for dim, size in enumerate(input.shape) if size == factor.numel()]
+    if len(fitting) != 1 or factor.numel() not in factor.shape:
+        return ""
+    shape = ", ".join(["-1", *["1"] * (input.dim() - fitting[0] - 1)])
+    return f": to apply its {factor.numel()} values along dimension {fitting[0]} pass {name}.view({shape})"
 
 
 def check_device(name: str, tensor: Tensor, input: Tensor) -> None:

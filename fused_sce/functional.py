@@ -118,7 +118,7 @@ def sigmoid_cross_entropy(
 
     Args:
         input: logits, any shape, float32, float64, bfloat16 or float16.
-        target: same shape; any floating dtype, bool or integer; usually in [0, 1], not checked.
+        target: same shape; of these dtypes, bool, uint8 or a signed integer; usually in [0, 1], not checked.
         weight: factor of each element's loss; broadcasts to the input's shape. 0 leaves an element out of the sum.
         pos_weight: factor of the positive term; broadcasts to the input's shape, usually one value per label.
         reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
@@ -136,7 +136,8 @@ def sigmoid_cross_entropy(
         else the input's; under autocast float32.
 
     Raises:
-        TypeError: `input` is not floating point, another argument is complex, or one is no dense tensor.
+        TypeError: An argument is no dense tensor, or has another dtype than these; `weight` and `pos_weight` may have
+            those of `target`.
         ValueError: `target`'s shape differs from `input`'s, `reduction` is unknown, "sum_classes" met a scalar, or
             `label_smoothing` or `smoothing_prior` is not in [0, 1].
         RuntimeError: `weight` or `pos_weight` does not broadcast, tensors are on different devices, or `inplace` would

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -57,26 +58,29 @@ def test_missing_squeeze_gets_a_hint(function: Callable[..., Tensor]) -> None:
         function(torch.randn(5, 1), torch.rand(5))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-def test_logits_must_be_floating_point(
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_dtypes_of_logits(
     function: Callable[..., Tensor],
     dtype: torch.dtype,
     route: Callable[..., Callable[..., Tensor]],
 ) -> None:
-    with pytest.raises(TypeError, match=f"input must hold floating-point logits, got dtype {dtype}"):
-        route(function)(torch.ones(3, 4, dtype=dtype), torch.rand(3, 4))
+    with pytest.raises(TypeError, match=f"input must have dtype float32, float64, bfloat16 or float16, got {dtype}"):
+        route(function)(torch.ones(3, 4).to(dtype), torch.rand(3, 4))
 
 
 def test_swapped_arguments_get_a_hint(function: Callable[..., Tensor]) -> None:
     with pytest.raises(TypeError, match="did input and target change places"):
         function(torch.ones(3, 4, dtype=torch.int64), torch.randn(3, 4))
+    with pytest.raises(TypeError, match=r"float8_e4m3fn$"):  # no hint: logits may be so narrow
+        function(torch.ones(3, 4).to(torch.float8_e4m3fn), torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("name", ["target", "weight"])
-def test_complex_is_refused(function: Callable[..., Tensor], name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.uint16])
+def test_dtypes_of_targets_and_weights(function: Callable[..., Tensor], name: str, dtype: torch.dtype) -> None:
     arguments = {"target": torch.rand(3, 4), "weight": torch.rand(4)}
-    arguments[name] = arguments[name].to(torch.complex64)
-    with pytest.raises(TypeError, match=f"{name} must be real, got dtype torch.complex64"):
+    arguments[name] = arguments[name].to(dtype)
+    with pytest.raises(TypeError, match=f"{name} must have dtype float32, .*, bool, uint8, .* or int64, got {dtype}"):
         function(torch.randn(3, 4), **arguments)
 
 
@@ -121,6 +125,40 @@ def test_weights_that_do_not_broadcast(name: str, shape: tuple[int, ...]) -> Non
     if name == "weight":
         with pytest.raises(RuntimeError, match=message):
             F.multilabel_soft_margin_loss(torch.randn(3, 4), torch.rand(3, 4), torch.rand(shape))
+
+
+@pytest.mark.parametrize(
+    ("logits", "factor", "cure", "dim"),
+    [
+        ((2, 3, 4, 5), (3,), "view(-1, 1, 1)", 1),
+        ((3, 4), (3,), "view(-1, 1)", 0),
+        ((3, 4), (4, 1), "view(-1)", 1),
+        ((3, 4), (1, 1, 3), "view(-1, 1)", 0),
+    ],
+)
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_the_view_that_broadcasts_is_named(
+    name: str,
+    logits: tuple[int, ...],
+    factor: tuple[int, ...],
+    cure: str,
+    dim: int,
+    route: Callable[..., Callable[..., Tensor]],
+) -> None:
+    x, t, values = torch.randn(logits), torch.rand(logits), torch.rand(factor)
+    message = f"to apply its {values.numel()} values along dimension {dim} pass {name}.{cure}"
+    with pytest.raises(RuntimeError, match=f"{re.escape(message)}$"):
+        route(lambda x, t: F.sigmoid_cross_entropy(x, t, **{name: values}))(x, t)
+    cured = eval(f"values.{cure}")
+    assert torch.equal(cured.expand(logits).movedim(dim, 0).flatten(1)[:, 0], values.flatten())
+
+
+@pytest.mark.parametrize(
+    ("logits", "factor"), [((3, 3, 4), (3,)), ((3, 4), (5,)), ((4, 5), (2, 2)), ((3, 4), (3, 4, 1))]
+)
+def test_no_view_is_named_where_none_or_many_fit(logits: tuple[int, ...], factor: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=rf"input's shape {re.escape(str(logits))}$"):
+        F.sigmoid_cross_entropy(torch.randn(logits), torch.rand(logits), weight=torch.rand(factor))
 
 
 @pytest.mark.parametrize("name", ["target", "weight"])
