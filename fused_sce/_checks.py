@@ -1,7 +1,7 @@
 """What every loss asks of its arguments, with the errors that people expect.
 
 The compiled core checks too, but has one type of exception. So these checks explain its failures; they come first only
-where no kernel runs: under tracing and for the reference.
+where a call is not plain eager: under tracing, transforms or autocast, and for the reference.
 """
 
 from __future__ import annotations

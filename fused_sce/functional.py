@@ -91,7 +91,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Call:
-    """Sigmoid cross-entropy: `torch.nn.functional.binary_cross_entropy_with_logits`, in one pass.
+    """Sigmoid cross-entropy: `torch.nn.functional.binary_cross_entropy_with_logits`, fused.
 
     Arguments, result and errors are those of `sigmoid_cross_entropy`, with the reductions "mean", "sum" and "none".
     `size_average` and `reduce` are deprecated, see torch.
@@ -133,7 +133,7 @@ def sigmoid_cross_entropy(
 
     Returns:
         The loss: a scalar, or of the input's shape for "none". Its dtype is the target's if that is floating point,
-        else the input's; under autocast float32.
+        else the input's; under autocast float32, or float64 for a float64 target.
 
     Raises:
         TypeError: An argument is no dense tensor, or has another dtype than these; `weight` and `pos_weight` may have
@@ -158,7 +158,7 @@ def multilabel_soft_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Call:
-    """Sigmoid cross-entropy averaged over labels: `torch.nn.functional.multilabel_soft_margin_loss`, in one pass.
+    """Sigmoid cross-entropy averaged over labels: `torch.nn.functional.multilabel_soft_margin_loss`, fused.
 
     Arguments and errors are those of `sigmoid_cross_entropy`, but for logits of shape (N, C) or (..., C), a factor
     `weight` of each label, usually of shape (C,), and the reductions "mean" and "sum" over samples and "none".
@@ -166,7 +166,7 @@ def multilabel_soft_margin_loss(
 
     Returns:
         The loss: a scalar, or of shape (N,) (`input.shape[:-1]`) for "none": one value per sample. Its dtype is that to
-        which torch promotes input, target and weight; under autocast float32.
+        which torch promotes input, target and weight; under autocast float32, or float64 for a float64 target.
 
     Raises:
         IndexError: `input` has no dimension.

@@ -22,7 +22,7 @@ def _factor(module: nn.Module, name: str) -> Tensor | None:
 
 @refuse_torchscript
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    """Drop-in for `torch.nn.BCEWithLogitsLoss`: one pass forward and backward, right in both tails.
+    """Drop-in for `torch.nn.BCEWithLogitsLoss`: fused, right in both tails.
 
     A subclass of torch's module: `isinstance` checks, `repr`, state dicts and pickles go on working.
 
@@ -43,7 +43,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
 @refuse_torchscript
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
-    """Drop-in for `torch.nn.MultiLabelSoftMarginLoss`: one pass over memory instead of 21.
+    """Drop-in for `torch.nn.MultiLabelSoftMarginLoss`: fused, where torch's takes 21 passes over memory.
 
     `weight` is a buffer. All arguments, shapes and errors are those of
     `fused_sce.functional.multilabel_soft_margin_loss`.
