@@ -34,7 +34,7 @@ struct Options {
 // What the formula gets for a target, rounded to the type computed in.
 template <class T>
 FUSED_SCE_INLINE T changed_target(const Options& options, T target) {
-  return mul_add(T(1.0 - options.label_smoothing), target, T(options.label_smoothing * options.smoothing_prior));
+  return add_product(T(options.label_smoothing * options.smoothing_prior), T(1.0 - options.label_smoothing), target);
 }
 
 }  // namespace fused_sce

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "dtypes.h"
-#include "formulas/floats.h"
+#include "formulas/exp_log1p.h"
 #include "options.h"
 
 namespace fused_sce {
@@ -13,17 +13,17 @@ namespace fused_sce {
 // Dimensions after neighbours were merged; the op layer copies operands that would need more.
 constexpr int kMaxDims = 6;
 
-// One input, already broadcast to the shape of the logits.
+// One input, already broadcast to the shape of the logits. A single value is not: it is where `data` points.
 struct Operand {
   const void* data = nullptr;  // null: absent
   DType dtype = DType::Float32;
-  bool contiguous = false;         // element i of the problem is data[i]
+  bool contiguous = false;         // element i of the problem is data[i]; meaningless for a single value
   int64_t strides[kMaxDims] = {};  // in elements, 0 where it is broadcast
 
   FUSED_SCE_MEMBER explicit operator bool() const { return data != nullptr; }
 };
 
-// One output, contiguous.
+// One output. Its element i is element i of the problem.
 struct Result {
   void* data = nullptr;  // null: not wanted
   DType dtype = DType::Float32;
@@ -31,10 +31,11 @@ struct Result {
   FUSED_SCE_MEMBER explicit operator bool() const { return data != nullptr; }
 };
 
-// A loss over `numel` elements in row-major order of `sizes`. Which results are set says what to compute:
+// A loss over `numel` elements in row-major order of `sizes`. The dimensions are the logits' in any order: the op layer
+// takes that of their memory. Which results are set says what to compute:
 //   loss:     the loss of each element (reduction "none");
-//   gradient: d loss / d logits of each element, divided by the divisor and `count`, times `upstream` where present. It
-//             may lie in the memory of the logits (element for element), and nowhere else in that of an operand.
+//   gradient: d loss / d logits of each element, times `upstream` and `factor` where present, over divisor_of(). It may
+//             lie in the memory of the logits (element for element), and nowhere else in that of an operand.
 // Sums come from `sum()` and `rows()`, which write them elsewhere.
 struct Problem {
   int64_t numel = 0;
@@ -46,28 +47,58 @@ struct Problem {
   Operand weight;      // of the type computed in
   Operand pos_weight;  // of the type computed in
   Operand upstream;    // of the type computed in, or of that of the logits
+  Operand factor;      // the same as a single value, where the kernel runs
   Options options;
   const int64_t* count = nullptr;  // where the kernel runs: divides as well, at least 1; null: absent
 
   bool in_double = false;  // computed in double instead of float
+  bool is_made = false;    // `gradient` is that for a factor of 1 already
   Result loss;
   Result gradient;
 };
-
-// 1 / divisor in two parts: g * upper + g * lower is g / divisor within 1 ULP, for two instructions and no division.
-template <class T>
-FUSED_SCE_INLINE TwoPart<T> reciprocal(double divisor) {
-  const T upper = T(1.0 / divisor);
-  // (1 - upper d) / d is what the upper part leaves of 1 / d. Once per problem, so a software fma is good enough.
-  const T lower = T(std::fma(-double(upper), divisor, 1.0) / divisor);
-  return {upper, lower};
-}
 
 // What divides the gradient and the sums, where `count` can be read.
 FUSED_SCE_INLINE double divisor_of(const Problem& problem) {
   if (!problem.count) return problem.options.divisor;
   const int64_t count = *problem.count;
   return problem.options.divisor * double(count < 1 ? 1 : count);
+}
+
+// factor / divisor in two parts: scaled(g, ...) is g * factor / divisor within 1 ULP, for two instructions and no
+// division, as long as factor / divisor is a normal number. Both parts have the same sign and the lower one is never 0,
+// so that an infinite g stays infinite.
+template <class T>
+FUSED_SCE_INLINE TwoPart<T> quotient_in_parts(double factor, double divisor) {
+  using Bits = typename Constants<T>::Bits;
+  constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
+  T upper = T(factor / divisor);
+  if (upper == T(0) || !(upper - upper == T(0))) return {upper, upper};  // 0, infinite or NaN
+  // What the upper part leaves is (factor - upper d) / d. Once per problem, so a software fma is good enough.
+  double rest = std::fma(-double(upper), divisor, factor) / divisor;
+  if (rest != 0.0 && (rest < 0.0) != (upper < T(0))) {  // rounded away from 0: take its neighbour
+    upper = bit_cast<T>(Bits(bit_cast<Bits>(upper) - 1));
+    rest = std::fma(-double(upper), divisor, factor) / divisor;
+  }
+  T lower = T(rest);
+  if (lower == T(0)) lower = upper * T(0x1p-60);                                      // too little to change a rounding
+  if (lower == T(0)) lower = bit_cast<T>(Bits((bit_cast<Bits>(upper) & kSign) | 1));  // the smallest number
+  return {upper, lower};
+}
+
+FUSED_SCE_INLINE double factor_of(const Problem& problem) {
+  const Operand& factor = problem.factor;
+  if (!factor) return 1.0;
+  return visit_floating(
+      factor.dtype, [&](auto tag) { return load_as<double>(*static_cast<const decltype(tag)*>(factor.data)); });
+}
+
+// Whether nothing is left to do.
+FUSED_SCE_INLINE bool is_done(const Problem& problem) { return problem.is_made && factor_of(problem) == 1.0; }
+
+// What multiplies the gradient of each element, where `factor` and `count` can be read.
+template <class T>
+FUSED_SCE_INLINE TwoPart<T> gradient_scale(const Problem& problem) {
+  return quotient_in_parts<T>(factor_of(problem), divisor_of(problem));
 }
 
 // The storage position of element `index` of a strided operand.

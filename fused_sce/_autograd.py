@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_sce import _library as _library  # registers the ops
 from fused_sce import reference
-from fused_sce._torch_private import below_autograd, direct_call, has_memory
+from fused_sce._torch_private import below_autograd, direct_call, has_memory, is_transforming
 
 _ops = torch.ops.fused_sce
 _loss = _ops.sigmoid_cross_entropy.default
@@ -60,10 +60,17 @@ def _without_graph(tensors: Tensors, options: Options) -> Tensor:
 def _makes_gradient(ctx: Any, input: Tensor, options: Options) -> bool:
     """Whether forward makes the gradient: input and target are at hand, so it costs one write more.
 
-    Not in float16: divided by a large batch it underflows there, before a GradScaler's factor could save it.
+    Not in float16: divided by a large batch it underflows there, before a GradScaler's factor could save it. Not in a
+    program: backward could not tell whether it has to be made anew.
     """
     by_input: bool = ctx.needs_input_grad[0]
-    return by_input and options[0] == "sum" and input.dtype is not torch.float16
+    return (
+        by_input
+        and options[0] == "sum"
+        and input.dtype is not torch.float16
+        and has_memory(input)
+        and not input.is_meta
+    )
 
 
 class SigmoidCrossEntropy(torch.autograd.Function):
@@ -88,20 +95,22 @@ class SigmoidCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by input and target."""
-        gradient, ctx.gradient = ctx.gradient, None
+        made, ctx.gradient = ctx.gradient, None
         tensors, options = ctx.saved_tensors, ctx.options
         by_input, by_target, _, _ = ctx.needs_input_grad
         if options[0] == "rows":
             grad_output = grad_output.unsqueeze(-1)  # broadcasts to the logits
-        by_kernel = by_input and not torch.is_grad_enabled()
         of_input = of_target = None
-        if by_target or not by_kernel:
-            wanted = (by_input and not by_kernel, by_target)
-            of_input, of_target = reference.gradients(wanted, grad_output, *tensors, *options)
-        if by_kernel and gradient is not None:
-            of_input = _scaled(gradient, grad_output)
+        by_kernel = by_input and not torch.is_grad_enabled() and not is_transforming()
+        if by_kernel and made is not None and has_memory(grad_output):
+            of_input = _finished(made, grad_output, tensors, options)
         elif by_kernel:
             of_input = _backward(grad_output, *tensors, *options)
+        made = None  # gives its memory back
+        if by_target or (by_input and not by_kernel):
+            wanted = (by_input and not by_kernel, by_target)
+            others = reference.gradients(wanted, grad_output, *tensors, *options)
+            of_input, of_target = of_input if by_kernel else others[0], others[1]
         return of_input, of_target, None, None
 
 
@@ -158,16 +167,23 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient that forward made, times an upstream factor.
+def _finished(gradient: Tensor, factor: Tensor, tensors: Tensors, options: Options) -> Tensor:
+    """The gradient for an upstream factor, in the memory of that for a factor of 1, the usual one.
 
-    The first backward pass scales this tensor in place and returns it; a later pass computes it anew. The usual factor
-    is 1, which touches no memory. On a GPU the kernel reads it, because the host would have to wait.
+    For another factor it is computed anew, not scaled: that would round it twice, and find it 0 or subnormal where the
+    product is neither. On a GPU the kernel reads the factor, because the host would have to wait.
     """
-    may_change = type(gradient) is Tensor and has_memory(factor)
-    if may_change and gradient.is_cpu:
-        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
-    if may_change and gradient.is_cuda:
+    if not (gradient.is_cpu and factor.item() == 1.0):
+        _backward_out(factor, *tensors, *options, gradient=gradient, is_made=True)
+    return gradient
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient that overwrote its logits times an upstream factor, in place."""
+    if gradient.is_cuda:
         _scale_(gradient, factor)
         return gradient
-    return (gradient * factor).to(gradient.dtype)  # not rounded before the product
+    value = factor.item()
+    if value == 0.0:
+        return gradient.zero_()  # whatever it was
+    return gradient if value == 1.0 else gradient.mul_(factor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sce import _sharding
-from fused_sce._torch_private import allows_implicit_replication
+from fused_sce._torch_private import allows_implicit_replication, has_memory, unwrapped
 
 # What the kernels read (DType in csrc/dtypes.h).
 _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -53,6 +53,32 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = _O
     if tensor.dtype not in allowed:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{name} must have dtype {', '.join(most)} or {last}, got {tensor.dtype}{hint}")
+
+
+def check_labels(target: Tensor) -> None:
+    """Check that a target of an integer dtype holds 0 and 1 alone.
+
+    The kernels do so as they read it; this is for where they do not, and to say which one is wrong. Values that cannot
+    be read now, those of traced programs for example, are not checked. On a GPU a failed assertion of the device does
+    not come to here.
+
+    Raises:
+        ValueError: It does not.
+    """
+    target = unwrapped(target)
+    if target.is_floating_point() or target.dtype is torch.bool or not has_memory(target) or target.is_meta:
+        return
+    wrong = (target != 0) & (target != 1)
+    if target.is_cuda:
+        torch._assert_async(~wrong.any(), "an integer target must be 0 or 1")
+    elif wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        value = int(target[place])
+        cures = {255: "target > 0 makes labels of a mask of 0 and 255", -1: "target > 0 takes -1 for a negative"}
+        cure = cures.get(value, "for class indices use torch.nn.functional.one_hot")
+        raise ValueError(
+            f"target[{', '.join(map(str, place))}] is {value}, but an integer target must be 0 or 1 everywhere: {cure}"
+        )
 
 
 def check_dense(name: str, tensor: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from fused_sce._torch_private import (
     after_autocast,
     after_autograd,
     is_any_autocast_enabled,
+    is_dense,
     is_differentiating,
     is_forward_mode,
 )
@@ -20,8 +21,8 @@ _NAME = "fused_sce::sigmoid_cross_entropy"
 _op = torch.ops.fused_sce.sigmoid_cross_entropy.default
 
 
-# Fakes: shape and dtype of what an op returns, for torch.compile, torch.export and meta tensors. The ops that write
-# into given memory have none: only plain tensors with memory come to them.
+# Fakes: shape and dtype of what an op returns, for torch.compile, torch.export and meta tensors. Forward with its
+# gradient and the ops that write into given memory have none: only plain tensors with memory come to them.
 
 
 @torch.library.register_fake(_NAME)
@@ -30,20 +31,22 @@ def _fake_loss(
 ) -> Tensor:
     _checks.check_tensors(input, target, *(*rest, None, None)[:2])
     _checks.check_reduction(reduction, ("none", "rows", "sum"))
-    shape = {"none": input.shape, "rows": input.shape[:-1], "sum": ()}[reduction]
-    return input.new_empty(shape, dtype=reference.result_dtype(input, target, dtype))
-
-
-@torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_forward")
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors, options = arguments[:5], arguments[5:]
-    loss = _fake_loss(*tensors, **dict(zip(_autograd.OPTIONS, options, strict=False)))
-    return loss, arguments[0].new_empty(arguments[0].shape)
+    dtype = reference.result_dtype(input, target, dtype)
+    if reduction == "none":
+        return _in_layout_of(input, dtype)
+    return input.new_empty(input.shape[:-1] if reduction == "rows" else (), dtype=dtype)
 
 
 @torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_backward")
 def _fake_backward(grad_output: Tensor, input: Tensor, *rest: object) -> Tensor:
-    return input.new_empty(input.shape)
+    return _in_layout_of(input, input.dtype)
+
+
+def _in_layout_of(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that lies in memory as the input does, row-major if that has gaps or overlaps."""
+    if is_dense(input):
+        return torch.empty_like(input, dtype=dtype)
+    return input.new_empty(input.shape, dtype=dtype)
 
 
 # Autograd of the op itself. The functions of fused_sce.functional do not come this way, but compiled and exported
@@ -69,6 +72,7 @@ def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any)
         return value
     except Exception:
         _checks.check_tensors(input, target, weight, pos_weight)
+        _checks.check_labels(target)
         raise
 
 

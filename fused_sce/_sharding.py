@@ -59,7 +59,6 @@ def _register() -> None:
     ops = torch.ops.fused_sce
     strategies: tuple[tuple[torch._ops.OpOverload, Callable[..., list[Strategy]]], ...] = (
         (ops.sigmoid_cross_entropy.default, _loss),
-        (ops._sigmoid_cross_entropy_forward.default, _forward),
         (ops._sigmoid_cross_entropy_backward.default, _backward),
     )
     for op, strategy in strategies:
@@ -73,13 +72,6 @@ def _register() -> None:
 def _loss(input: DTensorSpec, *rest: Any, reduction: str = "none", **_: object) -> list[Strategy]:
     return [
         ([_reduced(placement, input, reduction)], _arguments(placement, input, *rest))
-        for placement in _placements(input)
-    ]
-
-
-def _forward(input: DTensorSpec, *rest: Any) -> list[Strategy]:
-    return [
-        ([_reduced(placement, input, "sum"), placement], _arguments(placement, input, *rest))
         for placement in _placements(input)
     ]
 

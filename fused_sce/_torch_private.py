@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, _prims_common
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.nn import _reduction
@@ -31,6 +31,10 @@ is_transforming = torch._C._are_functorch_transforms_active
 """Whether the call is inside a transform of `torch.func`."""
 legacy_reduction = _reduction.legacy_get_string
 """The reduction that torch's deprecated `size_average` and `reduce` mean."""
+
+
+is_dense = _prims_common.is_non_overlapping_and_dense_or_false
+"""Whether a tensor's elements fill a block of memory, each once."""
 
 
 def after_autocast(key: str) -> torch._C.DispatchKeySet:

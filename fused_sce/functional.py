@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_sce import _autograd, _library, _sharding, reference
-from fused_sce._checks import check_reduction, check_tensors
+from fused_sce._checks import check_labels, check_reduction, check_tensors
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import (
     is_differentiating,
@@ -77,6 +77,7 @@ def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
         return  # what the call itself raised names the function
     try:
         check_tensors(*(arguments.get(name) for name in ("input", "target", "weight", "pos_weight")))  # type: ignore[arg-type]
+        check_labels(arguments["target"])
     except Exception as explanation:
         raise explanation from None
 
@@ -118,9 +119,11 @@ def sigmoid_cross_entropy(
 
     Args:
         input: logits, any shape, float32, float64, bfloat16 or float16.
-        target: same shape; of these dtypes, bool, uint8 or a signed integer; usually in [0, 1], not checked.
-        weight: factor of each element's loss; broadcasts to the input's shape. 0 leaves an element out of the sum.
-        pos_weight: factor of the positive term; broadcasts to the input's shape, usually one value per label.
+        target: same shape; of these dtypes, bool, uint8 or a signed integer; usually in [0, 1],
+            which is checked for integers alone.
+        weight: factor of each element's loss; broadcasts to the input's shape.
+        pos_weight: factor of the positive term; broadcasts to the input's shape, usually one value per label. A factor
+            of 0, this or another one, leaves out what it multiplies, even infinities and NaN, from loss and gradients.
         reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
             over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
         label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`, rounded to the dtype computed in.
@@ -138,8 +141,9 @@ def sigmoid_cross_entropy(
     Raises:
         TypeError: An argument is no dense tensor, or has another dtype than these; `weight` and `pos_weight` may have
             those of `target`.
-        ValueError: `target`'s shape differs from `input`'s, `reduction` is unknown, "sum_classes" met a scalar, or
-            `label_smoothing` or `smoothing_prior` is not in [0, 1].
+        ValueError: `target`'s shape differs from `input`'s, an integer `target` is not 0 or 1 everywhere (on a GPU this is
+            a failed assertion of the device), `reduction` is unknown, "sum_classes" met a scalar, or `label_smoothing`
+            or `smoothing_prior` is not in [0, 1].
         RuntimeError: `weight` or `pos_weight` does not broadcast, tensors are on different devices, or `inplace` would
             overwrite a leaf that requires grad.
     """
@@ -183,6 +187,8 @@ def multilabel_soft_margin_loss(
         if weight is not None and weight.dim() > 0:
             dtype = torch.promote_types(dtype, weight.dtype)
     divisor = input.numel() if reduction == "mean" else input.size(-1)
+    if divisor == 0 and reduction == "sum" and input.shape[:-1].numel() == 0:
+        divisor = 1  # the sum of no samples is 0, as torch's, not 0 / 0
     options = ("rows" if reduction == "none" else "sum", dtype, divisor)
     return (input, target, weight, None, None), options, False
 
@@ -229,6 +235,7 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
         options = _with_autocast(tensors, options)
         # A trace would keep the divisor of its example.
         if is_tracing() or is_differentiating() or _needs_reference(tensors):
+            check_labels(target)
             return reference.sigmoid_cross_entropy(*tensors, *options)
         if is_transforming():  # by vmap alone
             return _autograd.call_op(tensors, options)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 
 def result_dtype(input: Tensor, target: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -36,8 +35,7 @@ def sigmoid_cross_entropy(
 ) -> Tensor:
     """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`, with `softplus(x) = log1p(exp(x))`.
 
-    Unlike the textbook form `max(x, 0) - x t + log1p(exp(-|x|))` its derivative by automatic differentiation,
-    `(1 - t) sigmoid(x) - t sigmoid(-x)`, keeps both tails.
+    A factor of 0 leaves out what it multiplies, infinities and NaN included, also from derivatives.
 
     Args:
         input: logits, any floating dtype.
@@ -55,22 +53,21 @@ def sigmoid_cross_entropy(
         A tensor of shape `input.shape`, `input.shape[:-1]` or ().
     """
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
-    negative = _softplus(x)
-    positive = _softplus(-x)
-    if pos_weight is not None:
-        positive = pos_weight.to(x.dtype) * positive
-    # Where a factor is 0 its term is 0 even at an infinite logit. Both selections: of the value, and of what enters the
-    # product, whose derivative would otherwise be 0 * inf.
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    negative_term = (1 - t) * torch.where((t == 1) & torch.isinf(negative), zero, negative)
-    positive_term = t * torch.where((t == 0) & torch.isinf(positive), zero, positive)
-    loss = negative_term + positive_term
-    if weight is not None:
-        loss = loss * weight.to(x.dtype)
+    w, p = _factor(weight, x), _factor(pos_weight, x)
+    x, _, _, slope, other = _parts(x, t, w, p)
+    size, log1p_e = _size_and_log1p(x)
+    if other is None:
+        loss = _product(slope, size) + log1p_e
+    else:
+        loss = _product(slope, size + log1p_e) + _product(other, log1p_e)
+    if w is not None:
+        loss = _product(w, loss)
+    # Not summed in float32, where the sum overflows before the mean.
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
     if reduction == "rows":
-        loss = loss.sum(-1)
+        loss = loss.sum(-1, dtype=wide)
     elif reduction == "sum":
-        loss = loss.sum()
+        loss = loss.sum(dtype=wide)
     return _divided(loss, divisor, count).to(result_dtype(input, target, dtype))
 
 
@@ -94,18 +91,27 @@ def gradients(
     `(1 - s) (pos_weight softplus(-x) - softplus(x))`. The other arguments are those of `sigmoid_cross_entropy`.
     """
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
-    p = None if pos_weight is None else pos_weight.to(x.dtype)
+    w, p = _factor(weight, x), _factor(pos_weight, x)
+    x, t, is_negative, slope, other = _parts(x, t, w, p)
+    size, log1p_e = _size_and_log1p(x)
     upstream = grad_output.to(x.dtype)
-    if weight is not None:
-        upstream = upstream * weight.to(x.dtype)
+    if w is not None:
+        upstream = _product_of_factors(upstream, w)
     upstream = _divided(upstream, divisor, count)
     by_input = by_target = None
     if wanted[0]:
-        of_x, of_minus_x = _sigmoids(x)
-        by_input = (upstream * ((1 - t) * of_x - (t if p is None else p * t) * of_minus_x)).to(input.dtype)
+        e = torch.exp(-size)
+        smaller = e / (1 + e)
+        by_size = slope - smaller if other is None else _product(slope, 1 - smaller) - _product(other, smaller)
+        by_input = _product(upstream, torch.where(is_negative, -by_size, by_size)).to(input.dtype)
     if wanted[1]:
-        derivative = -x if p is None else p * _softplus(-x) - _softplus(x)
-        by_target = (upstream * (1 - label_smoothing) * derivative).to(target.dtype)
+        if p is None or other is None:
+            by_t = -_left_out(x, slope == 0)
+        else:
+            by_slope, by_other = _left_out(size + log1p_e, slope == 0), _left_out(log1p_e, other == 0)
+            by_positive = torch.where(is_negative, by_slope, by_other)
+            by_t = _left_out(p, t == 0) * by_positive - torch.where(is_negative, by_other, by_slope)
+        by_target = _product(upstream, (1 - label_smoothing) * by_t).to(target.dtype)
     return by_input, by_target
 
 
@@ -113,7 +119,13 @@ def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -
     """Logits and smoothed target in the dtype computed in: float64 if one of them is, else float32."""
     dtype = torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
     t = target.to(dtype)
-    return input.to(dtype), (1 - smoothing) * t + smoothing * prior if smoothing else t
+    if smoothing:
+        t = (1 - smoothing) * (torch.zeros_like(t) if smoothing == 1 else t) + smoothing * prior
+    return input.to(dtype), t
+
+
+def _factor(factor: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if factor is None else factor.to(x.dtype)
 
 
 def _divided(value: Tensor, divisor: int, count: Tensor | None) -> Tensor:
@@ -121,19 +133,46 @@ def _divided(value: Tensor, divisor: int, count: Tensor | None) -> Tensor:
     return value if count is None else value / count.reshape(()).clamp(min=1)
 
 
-def _softplus(x: Tensor) -> Tensor:
-    # In two halves, so that torch's is asked for negative arguments alone, where its first and second derivative keep
-    # their precision. Not logsigmoid: as a DTensor that has no gradient (torch 2.15).
-    return torch.where(x > 0, x + softplus(-x), softplus(x))
+def _left_out(value: Tensor, condition: Tensor) -> Tensor:
+    """The value, 0 where the condition holds and the value is infinite or NaN: it would spoil a product with 0.
 
-
-def _sigmoids(x: Tensor) -> tuple[Tensor, Tensor]:
-    """sigmoid(x) and sigmoid(-x) from exp(-|x|): right in both tails, and so are their derivatives.
-
-    torch.sigmoid's derivative is y (1 - y), 0 from y = 1 on. Not by abs, whose derivative at 0 is 0.
+    Finite values stay, because derivatives by the other factor need them.
     """
-    is_positive = x > 0
-    e = torch.exp(torch.where(is_positive, -x, x))
-    larger = 1 / (1 + e)
-    smaller = e * larger
-    return torch.where(is_positive, larger, smaller), torch.where(is_positive, smaller, larger)
+    return torch.where(condition & ~torch.isfinite(value), torch.zeros_like(value), value)
+
+
+def _product(factor: Tensor, value: Tensor) -> Tensor:
+    """`factor * value`, and 0 where the factor is 0, whatever the value is."""
+    return factor * _left_out(value, factor == 0)
+
+
+def _product_of_factors(a: Tensor, b: Tensor) -> Tensor:
+    """`a * b`, and 0 where one of them is 0."""
+    return _left_out(a, b == 0) * _left_out(b, a == 0)
+
+
+def _parts(
+    x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Logits and targets without what is left out, whether x < 0, and what multiplies both terms of the loss.
+
+    The factor of `softplus(|x|)` is 1 - t for x >= 0 and pos_weight t for x < 0, that of `softplus(-|x|)` the other
+    one; without pos_weight it is None: both then add up to 1.
+    """
+    if weight is not None:
+        x, t = _left_out(x, weight == 0), _left_out(t, weight == 0)
+    is_negative = x < 0
+    if pos_weight is None:
+        return x, t, is_negative, torch.where(is_negative, t, 1 - t), None
+    positive = _product_of_factors(pos_weight, t)
+    if weight is not None:
+        positive = _left_out(positive, weight == 0)
+    slope = torch.where(is_negative, positive, 1 - t)
+    other = torch.where(is_negative, 1 - t, positive)
+    return _left_out(x, (slope == 0) & (other == 0)), t, is_negative, slope, other
+
+
+def _size_and_log1p(x: Tensor) -> tuple[Tensor, Tensor]:
+    """|x|, whose derivative at 0 is 1 where torch.abs has 0, and `log1p(exp(-|x|)) = softplus(-|x|)`."""
+    size = torch.where(x < 0, -x, x)
+    return size, torch.log1p(torch.exp(-size))

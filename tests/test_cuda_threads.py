@@ -126,16 +126,17 @@ def test_kernels_compile_and_stay_in_registers(compiled: Compiled) -> None:
 
 # Logits, target, weights; elements of the loop; the bound on instructions per element. 34 for bfloat16 with uint8 and
 # 83 for float32 are what the memory of an H200 waits for, see count_instructions.py. Without weights 16 (8) elements
-# are two groups: several loads in flight. With weights they are one group, with and without pos_weight.
+# are two groups: several loads in flight. With weights they are one group, with and without pos_weight, and 9 (12) more
+# instructions, because a factor of 0 leaves out infinities and NaN; one element may be computed outside of the loop.
 HOT_LOOPS = [
     ("BFloat16", "ByteTarget", "false", 16, 30),
     ("BFloat16", "BFloat16", "false", 16, 27),
     ("BFloat16", "float", "false", 16, 26),
     ("float", "float", "false", 8, 75),
-    ("float", "ByteTarget", "false", 8, 78),
-    ("BFloat16", "ByteTarget", "true", 16, 29),
-    ("BFloat16", "BFloat16", "true", 16, 28),
-    ("float", "float", "true", 8, 68),
+    ("float", "ByteTarget", "false", 8, 79),
+    ("BFloat16", "ByteTarget", "true", 15, 37),
+    ("BFloat16", "BFloat16", "true", 15, 36),
+    ("float", "float", "true", 7, 80),
 ]
 
 

@@ -57,11 +57,4 @@ const Kernels& kernels() {
   return chosen;
 }
 
-double add_pairwise(const double* partial_sums, int64_t count) {
-  if (count <= 0) return 0.0;
-  if (count == 1) return partial_sums[0];
-  const int64_t half = count / 2;
-  return add_pairwise(partial_sums, half) + add_pairwise(partial_sums + half, count - half);
-}
-
 }  // namespace fused_sce::cpu

@@ -45,18 +45,44 @@ void copy_run(const From* from, int64_t stride, int64_t count, T* to) {
   }
 }
 
+// Whether all of `count` stored targets, `stride` apart, are labels: 0 or 1. Those of floating types may be soft.
+template <class Stored>
+bool are_labels(const Stored* stored, int64_t stride, int64_t count) {
+  if constexpr (std::is_integral_v<Stored>) {
+    Stored other_bits = 0;
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) other_bits |= stored[i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) other_bits |= stored[i * stride];
+    }
+    return (other_bits & ~Stored(1)) == 0;
+  }
+  return true;
+}
+
 template <class T>
 constexpr DType kDTypeOf = std::is_same_v<T, double> ? DType::Float64 : DType::Float32;
 
 // Elements [begin, begin + count) of an operand as an array of T: the operand itself if it is one, else `buffer`.
+// Unless `only_labels` is null, it becomes false where an element is no label (are_labels).
 template <class T>
-const T* gather(const Problem& problem, const Operand& operand, int64_t begin, int64_t count, T* buffer) {
+const T* gather(
+    const Problem& problem,
+    const Operand& operand,
+    int64_t begin,
+    int64_t count,
+    T* buffer,
+    bool* only_labels = nullptr) {
   if (operand.contiguous && operand.dtype == kDTypeOf<T>) return static_cast<const T*>(operand.data) + begin;
   visit(operand.dtype, [&](auto tag) {
     using From = decltype(tag);
     const From* data = static_cast<const From*>(operand.data);
+    const auto take = [&](const From* from, int64_t stride, int64_t run, T* to) {
+      copy_run(from, stride, run, to);
+      if (only_labels && !are_labels(from, stride, run)) *only_labels = false;
+    };
     if (operand.contiguous) {
-      copy_run(data + begin, 1, count, buffer);
+      take(data + begin, 1, count, buffer);
       return;
     }
     const int64_t columns = problem.sizes[problem.ndim - 1];
@@ -65,7 +91,7 @@ const T* gather(const Problem& problem, const Operand& operand, int64_t begin, i
     for (int64_t done = 0; done < count;) {
       const int64_t left = columns - column;
       const int64_t run = count - done < left ? count - done : left;
-      copy_run(data + offset_of(problem, operand, begin + done), stride, run, buffer + done);
+      take(data + offset_of(problem, operand, begin + done), stride, run, buffer + done);
       done += run;
       column = 0;
     }
@@ -143,7 +169,7 @@ FUSED_SCE_INLINE void loss_and_gradient(
     const LossAndGradient<T> result = sigmoid_cross_entropy<T, kPosWeight>(
         logits[i], target[i], kPosWeight ? pos_weight[i] : T(1), {upper[i], lower[i]});
     if (kLoss) loss[i] = result.loss;
-    if (kGradient) gradient[i] = mul_add(result.gradient, scale.lower, result.gradient * scale.upper);
+    if (kGradient) gradient[i] = scaled(result.gradient, scale);
   }
 }
 
@@ -190,9 +216,16 @@ void compute_block(const Work<T>& work) {
   work.pos_weight ? compute<T, true, kLoss, kGradient>(work) : compute<T, false, kLoss, kGradient>(work);
 }
 
+// values[i] = factor[i] * values[i], see product().
 template <class T>
 void multiply(int64_t count, const T* __restrict__ factor, T* __restrict__ values) {
-  for (int64_t i = 0; i < count; ++i) values[i] *= factor[i];
+  for (int64_t i = 0; i < count; ++i) values[i] = product(factor[i], values[i]);
+}
+
+// The same with factors times `scale`.
+template <class T>
+void multiply(int64_t count, const T* __restrict__ factor, TwoPart<T> scale, T* __restrict__ values) {
+  for (int64_t i = 0; i < count; ++i) values[i] = scaled_product(factor[i], scale, values[i]);
 }
 
 // The buffers of one block. The alignment keeps each vector inside one cache line, which saves 15 % of the time.
@@ -207,63 +240,83 @@ struct Block {
   alignas(64) T gradient[kBlock];
 };
 
+// What all blocks of a problem have in common.
+template <class T>
+struct Job {
+  const Problem& problem;
+  TwoPart<T> scale = gradient_scale<T>(problem);
+  bool only_labels = true;  // so far
+};
+
 // Computes elements [begin, begin + count), count <= kBlock. Writes the gradient to problem.gradient if it is wanted,
 // and the loss to block.loss if `want_loss`.
 template <class T>
-void compute_elements(
-    const Problem& problem,
-    TwoPart<T> scale,
-    int64_t begin,
-    int64_t count,
-    bool want_loss,
-    Block<T>& block) {
+void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss, Block<T>& block) {
+  const Problem& problem = job.problem;
+  const T* target = gather(problem, problem.target, begin, count, block.target, &job.only_labels);
+  if (!want_loss && !problem.gradient) return;
   // Not directly into the memory of the logits: the results of `compute` must not overlap its inputs.
   const bool direct = problem.gradient.dtype == kDTypeOf<T> && problem.gradient.data != problem.logits.data;
-  T* const own_gradient = direct ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
-  const T* target = gather(problem, problem.target, begin, count, block.target);
+  T* const gradient = direct ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
+  const bool has_factors = problem.weight || problem.upstream;
+  const bool is_zero = job.scale.upper == T(0);  // the gradient, see product()
 
   Work<T> work;
   work.count = count;
   work.logits = gather(problem, problem.logits, begin, count, block.logits);
   work.target = change_target(problem.options, count, target, block.target);
   work.pos_weight = problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
-  work.scale = scale;
+  work.scale = has_factors ? quotient_in_parts<T>(1.0, 1.0) : job.scale;
   work.loss = want_loss ? block.loss : nullptr;
-  work.gradient = problem.gradient ? own_gradient : nullptr;
+  work.gradient = problem.gradient && !is_zero ? gradient : nullptr;
   work.next_logits = upcoming(problem, problem.logits, begin + kBlock);
   work.next_target = upcoming(problem, problem.target, begin + kBlock);
-  if (!work.gradient) {
-    compute_block<T, true, false>(work);
-  } else if (want_loss) {
+  if (work.loss && work.gradient) {
     compute_block<T, true, true>(work);
-  } else {
+  } else if (work.loss) {
+    compute_block<T, true, false>(work);
+  } else if (work.gradient) {
     compute_block<T, false, true>(work);
   }
 
+  const T* factor = nullptr;
   if (problem.weight) {
-    const T* weight = gather(problem, problem.weight, begin, count, block.weight);
-    if (work.loss) multiply(count, weight, work.loss);
-    if (work.gradient) multiply(count, weight, work.gradient);
+    factor = gather(problem, problem.weight, begin, count, block.weight);
+    if (work.loss) multiply(count, factor, work.loss);
   }
-  if (!work.gradient) return;
+  if (!problem.gradient) return;
   if (problem.upstream) {
-    multiply(count, gather(problem, problem.upstream, begin, count, block.upstream), work.gradient);
+    const T* upstream = gather(problem, problem.upstream, begin, count, block.upstream);
+    if (factor) {
+      for (int64_t i = 0; i < count; ++i) block.weight[i] = product_of_factors(factor[i], upstream[i]);
+      factor = block.weight;
+    } else {
+      factor = upstream;
+    }
   }
-  if (!direct) scatter(problem.gradient, begin, count, work.gradient);
+  if (is_zero) {
+    for (int64_t i = 0; i < count; ++i) gradient[i] = T(0);
+  } else if (factor) {
+    multiply(count, factor, job.scale, gradient);
+  }
+  if (!direct) scatter(problem.gradient, begin, count, gradient);
 }
 
-// A running sum in sixteen float64 lanes. Sixteen fill the widest vector unit, and all units get the same sum.
+// A sum in sixteen float64 lanes: sixteen fill the widest vector unit, and all units get the same sum. Each array is
+// added up by itself, so that even the sum of a long row of equal losses is off by few ULP of float64.
 struct Lanes {
   static constexpr int kCount = 16;
   double sum[kCount] = {};
 
   template <class T>
   void add(const T* values, int64_t count) {
+    double part[kCount] = {};
     int64_t i = 0;
     for (; i + kCount <= count; i += kCount) {
-      for (int lane = 0; lane < kCount; ++lane) sum[lane] += double(values[i + lane]);
+      for (int lane = 0; lane < kCount; ++lane) part[lane] += double(values[i + lane]);
     }
-    for (int lane = 0; i + lane < count; ++lane) sum[lane] += double(values[i + lane]);
+    for (int lane = 0; i + lane < count; ++lane) part[lane] += double(values[i + lane]);
+    for (int lane = 0; lane < kCount; ++lane) sum[lane] += part[lane];
   }
 
   double total() {
@@ -275,57 +328,65 @@ struct Lanes {
 };
 
 template <class T>
-void chunks_as(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
+bool chunks_as(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
   Block<T> block;
-  const TwoPart<T> scale = reciprocal<T>(divisor_of(problem));
+  Job<T> job{problem};
   const bool want_loss = partial_sums || problem.loss;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_end = (chunk + 1) * kChunk < problem.numel ? (chunk + 1) * kChunk : problem.numel;
     Lanes lanes;
     for (int64_t i = chunk * kChunk; i < chunk_end; i += kBlock) {
       const int64_t count = chunk_end - i < kBlock ? chunk_end - i : kBlock;
-      compute_elements<T>(problem, scale, i, count, want_loss, block);
+      compute_elements(job, i, count, want_loss, block);
       if (problem.loss) scatter(problem.loss, i, count, block.loss);
       if (partial_sums) lanes.add(block.loss, count);
     }
-    if (partial_sums) partial_sums[chunk] = lanes.total();
+    if (partial_sums) partial_sums[chunk - begin] = lanes.total();
   }
+  return job.only_labels;
 }
 
 template <class T>
-void rows_as(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
+bool rows_as(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
   Block<T> block;
-  const TwoPart<T> scale = {T(1), T(0)};
+  Job<T> job{problem};
   // Short rows share a block: a head with five labels would otherwise fill no vector.
   const int64_t rows_per_block = columns > 0 && columns <= kBlock ? kBlock / columns : 1;
   for (int64_t row = begin; row < end; row += rows_per_block) {
     const int64_t rows = end - row < rows_per_block ? end - row : rows_per_block;
-    if (rows_per_block > 1) compute_elements<T>(problem, scale, row * columns, rows * columns, true, block);
+    if (rows_per_block > 1) compute_elements(job, row * columns, rows * columns, true, block);
     for (int64_t k = 0; k < rows; ++k) {
-      Lanes lanes;
+      PairwiseSum sum;
       if (rows_per_block > 1) {
+        Lanes lanes;
         lanes.add(block.loss + k * columns, columns);
-      } else {
-        for (int64_t i = 0; i < columns; i += kBlock) {
-          const int64_t count = columns - i < kBlock ? columns - i : kBlock;
-          compute_elements<T>(problem, scale, row * columns + i, count, true, block);
+        sum.add(lanes.total());
+      }
+      for (int64_t chunk = 0; rows_per_block == 1 && chunk < columns; chunk += kChunk) {
+        const int64_t chunk_end = chunk + kChunk < columns ? chunk + kChunk : columns;
+        Lanes lanes;
+        for (int64_t i = chunk; i < chunk_end; i += kBlock) {
+          const int64_t count = chunk_end - i < kBlock ? chunk_end - i : kBlock;
+          compute_elements(job, row * columns + i, count, true, block);
           lanes.add(block.loss, count);
         }
+        sum.add(lanes.total());
       }
-      const double loss = lanes.total() / divisor_of(problem);
+      const double loss = sum.total() / divisor_of(problem);
       scatter(problem.loss, row + k, 1, &loss);
     }
   }
+  return job.only_labels;
 }
 
-void chunks(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
+bool chunks(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
   const auto run = problem.in_double ? chunks_as<double> : chunks_as<float>;
-  run(problem, begin, end, partial_sums);
+  return run(problem, begin, end, partial_sums);
 }
 
-void rows(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
+bool rows(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
   const auto run = problem.in_double ? rows_as<double> : rows_as<float>;
-  run(problem, columns, begin, end);
+  return run(problem, columns, begin, end);
 }
 
 }  // namespace

@@ -21,19 +21,39 @@ constexpr int64_t kBlock = 512;
 struct Kernels {
   const char* isa;
 
-  // Computes the results of chunks [begin, end) of the problem. Unless `partial_sums` is null, partial_sums[chunk]
-  // becomes the sum of the losses of that chunk.
-  void (*chunks)(const Problem& problem, int64_t begin, int64_t end, double* partial_sums);
+  // Computes the results of chunks [begin, end) of the problem. Unless `partial_sums` is null, partial_sums[n] becomes
+  // the sum of the losses of chunk begin + n. Returns whether every integer target is a label, 0 or 1; a problem
+  // without results is checked for that alone.
+  bool (*chunks)(const Problem& problem, int64_t begin, int64_t end, double* partial_sums);
 
   // Computes rows [begin, end) of `columns` elements each. problem.loss[row] becomes the sum of the losses of that row,
-  // divided by problem.options.divisor.
-  void (*rows)(const Problem& problem, int64_t columns, int64_t begin, int64_t end);
+  // divided by problem.options.divisor. Returns what chunks() does.
+  bool (*rows)(const Problem& problem, int64_t columns, int64_t begin, int64_t end);
 };
 
 FUSED_SCE_INLINE int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// Adds the partial sums pairwise, in an order that depends on `count` alone.
-double add_pairwise(const double* partial_sums, int64_t count);
+// Adds numbers pairwise as they come, in an order that depends on their count alone: sums[n] is the sum of 2^n of them
+// where bit n of `count` is set.
+struct PairwiseSum {
+  double sums[64];
+  uint64_t count = 0;
+
+  FUSED_SCE_MEMBER void add(double value) {
+    int n = 0;
+    for (; count >> n & 1; ++n) value += sums[n];
+    sums[n] = value;
+    ++count;
+  }
+
+  FUSED_SCE_MEMBER double total() const {
+    double total = 0.0;
+    for (int n = 0; n < 64; ++n) {
+      if (count >> n & 1) total += sums[n];
+    }
+    return total;
+  }
+};
 
 // The best kernels that this processor can run, or those that the environment variable FUSED_SCE_ISA names. Throws
 // std::invalid_argument if the name is unknown or the processor lacks the instruction set.

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "../ops/kernels.h"
@@ -18,12 +19,15 @@ namespace {
 constexpr int64_t kElementsPerThread = 32768;
 constexpr int64_t kChunksPerThread = kElementsPerThread / cpu::kChunk;
 
+// Chunks whose partial sums are in memory at a time (512 KiB).
+constexpr int64_t kChunksPerSum = 65536;
+
 struct CpuBackend {
   // Asks the operating system to back a large result with large pages.
   //
   // malloc takes each result beyond 32 MiB as untouched pages from the system, and the first write to each 4 KiB is a
   // page fault: 9,606 of them for 1024 x 9605 float32 logits, more than half of the time of loss and gradient. With
-  // pages of 2 MiB there are 37. By default Linux uses large pages only where a program asks for them
+  // pages of 2 MiB there are about 400. By default Linux uses large pages only where a program asks for them
   // (/sys/kernel/mm/transparent_hugepage/enabled: madvise).
   static void prepare([[maybe_unused]] const Tensor& result) {
 #if defined(MADV_HUGEPAGE)
@@ -39,33 +43,59 @@ struct CpuBackend {
 #endif
   }
 
-  static void elements(const Problem& problem, const Tensor&) { run(problem, nullptr); }
+  // Only integer targets have something to check.
+  static void check_labels(const Problem& problem) {
+    Problem without_results = problem;
+    without_results.loss = without_results.gradient = {};
+    elements(without_results, {});
+  }
+
+  static void elements(const Problem& problem, const Tensor&) {
+    if (!is_done(problem)) run(problem, 0, cpu::num_chunks(problem.numel), nullptr);
+  }
 
   static void sum(const Problem& problem, const Tensor& total) {
     const int64_t chunks = cpu::num_chunks(problem.numel);
     double few[16];
-    std::vector<double> many(chunks > 16 ? chunks : 0);
+    std::vector<double> many(chunks > 16 ? std::min(chunks, kChunksPerSum) : 0);
     double* const partial_sums = chunks > 16 ? many.data() : few;
-    run(problem, partial_sums);
-    const double loss = cpu::add_pairwise(partial_sums, chunks) / divisor_of(problem);
+    cpu::PairwiseSum sum;
+    for (int64_t begin = 0; begin < chunks; begin += kChunksPerSum) {
+      const int64_t end = std::min(begin + kChunksPerSum, chunks);
+      run(problem, begin, end, partial_sums);
+      for (int64_t n = 0; n < end - begin; ++n) sum.add(partial_sums[n]);
+    }
+    const double loss = sum.total() / divisor_of(problem);
     const Result result = result_of(total);
     visit_floating(
         result.dtype, [&](auto tag) { *static_cast<decltype(tag)*>(result.data) = store_as<decltype(tag)>(loss); });
   }
 
   static void rows(const Problem& problem, int64_t columns, const Tensor& loss) {
-    const cpu::Kernels& kernels = cpu::kernels();
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns));
-    torch::stable::parallel_for(
-        0, loss.numel(), grain, [&](int64_t begin, int64_t end) { kernels.rows(problem, columns, begin, end); });
+    parallel(0, loss.numel(), grain, [&](const cpu::Kernels& kernels, int64_t begin, int64_t end) {
+      return kernels.rows(problem, columns, begin, end);
+    });
   }
 
  private:
-  static void run(const Problem& problem, double* partial_sums) {
-    const cpu::Kernels& kernels = cpu::kernels();
-    torch::stable::parallel_for(0, cpu::num_chunks(problem.numel), kChunksPerThread, [&](int64_t begin, int64_t end) {
-      kernels.chunks(problem, begin, end, partial_sums);
+  // Chunks [begin, end) on all threads.
+  static void run(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
+    parallel(begin, end, kChunksPerThread, [&](const cpu::Kernels& kernels, int64_t from, int64_t to) {
+      return kernels.chunks(problem, from, to, partial_sums ? partial_sums + (from - begin) : nullptr);
     });
+  }
+
+  // Calls `action` for ranges of [begin, end), which returns whether all integer targets are labels. Threads must not
+  // throw: the stable ABI would lose the message.
+  template <class Action>
+  static void parallel(int64_t begin, int64_t end, int64_t grain, const Action& action) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    std::atomic<bool> only_labels = true;
+    torch::stable::parallel_for(begin, end, grain, [&](int64_t begin, int64_t end) {
+      if (!action(kernels, begin, end)) only_labels = false;
+    });
+    if (!only_labels) fail("an integer target must be 0 or 1 everywhere");
   }
 };
 

@@ -19,7 +19,7 @@ namespace fused_sce::cuda {
 template <Output kOutput, class Logits, class Target, bool kMayBeWeighted>
 struct ContiguousLoop {
   using T = float;
-  using Formula = FormulaOf<Logits, kOutput>;
+  using Formula = LossFormula<Logits, kOutput>;
   static constexpr int kGroup = 16 / sizeof(Logits);
   static constexpr bool kAnyTarget = std::is_same<Target, AnyTarget>::value;
   // Groups of a thread that are loaded before the first of them is used. Weights take the registers of a second one.
@@ -38,14 +38,14 @@ struct ContiguousLoop {
     const bool is_aligned = is_aligned_from(problem, range.begin);
     int64_t i = range.first(kGroup);
     if (i >= range.end) return 0.0;
-    const Thread thread = thread_at(problem, scale, i);
+    Thread thread = thread_at(problem, scale, i);
 
     double sum = 0.0;
     if (is_aligned) {
       for (; i + (kInFlight - 1) * stride + kGroup <= range.end; i += kInFlight * stride) {
         LoadedGroup groups[kInFlight];
         FUSED_SCE_UNROLL
-        for (int n = 0; n < kInFlight; ++n) groups[n] = load(problem, i + n * stride, kGroup, true);
+        for (int n = 0; n < kInFlight; ++n) groups[n] = load(problem, i + n * stride, kGroup, true, thread.labels);
         FUSED_SCE_UNROLL
         for (int n = 0; n < kInFlight; ++n) {
           sum += compute_and_store(thread, groups[n], i + n * stride, kGroup, true);
@@ -55,7 +55,7 @@ struct ContiguousLoop {
     for (; i < range.end; i += stride) {
       const int count = range.end - i < kGroup ? int(range.end - i) : kGroup;
       const bool wide = is_aligned && count == kGroup;
-      sum += compute_and_store(thread, load(problem, i, count, wide), i, count, wide);
+      sum += compute_and_store(thread, load(problem, i, count, wide, thread.labels), i, count, wide);
     }
     if constexpr (makes_sum(kOutput) && Formula::kRecomputesNonFinite && !kChecksEachGroup) {
       if (!is_finite(sum)) {
@@ -65,6 +65,7 @@ struct ContiguousLoop {
         }
       }
     }
+    thread.labels.expect_labels();
     return sum;
   }
 
@@ -81,6 +82,7 @@ struct ContiguousLoop {
     TwoPart<T> scale;
     T weight[kGroup];  // of its columns
     T pos_weight[kGroup];
+    LabelCheck labels;
   };
 
   struct GroupResult {
@@ -96,15 +98,15 @@ struct ContiguousLoop {
             is_aligned_for_group(static_cast<const Logits*>(problem.gradient.data) + begin, kGroup));
   }
 
-  FUSED_SCE_INLINE LoadedGroup load(const Problem& problem, int64_t i, int count, bool wide) {
+  FUSED_SCE_INLINE LoadedGroup load(const Problem& problem, int64_t i, int count, bool wide, LabelCheck& labels) {
     return {
         load_pack<Logits, kGroup>(problem.logits.data, i, count, wide),
-        load_target<T, Target, kGroup>(problem, i, count, wide)};
+        load_target<T, Target, kGroup>(problem, i, count, wide, labels)};
   }
 
   // A thread whose first element is `i`.
   FUSED_SCE_INLINE Thread thread_at(const Problem& problem, TwoPart<T> scale, int64_t i) {
-    Thread thread = {problem, scale, {}, {}};
+    Thread thread = {problem, scale, {}, {}, {}};
     if (kMayBeWeighted && (problem.weight || problem.pos_weight)) {
       const int last = problem.ndim - 1;
       int64_t column = i % problem.sizes[last];
@@ -119,8 +121,7 @@ struct ContiguousLoop {
   }
 
   // The output of the group at `i`; returns the sum of its losses.
-  FUSED_SCE_INLINE double
-  compute_and_store(const Thread& thread, const LoadedGroup& group, int64_t i, int count, bool wide) {
+  FUSED_SCE_INLINE double compute_and_store(Thread& thread, const LoadedGroup& group, int64_t i, int count, bool wide) {
     const Problem& problem = thread.problem;
     double sum = 0.0;
     GroupResult result;
@@ -128,14 +129,21 @@ struct ContiguousLoop {
       // One after the other, because the op layer asks for one of them at a time: on sm_90 four float32 losses take 170
       // instructions, their gradients 130, and both together 240.
       if (problem.loss) {
-        result = compute_group(thread, group);
+        result = compute_group<Formula>(thread, group);
         store_group(problem.loss, i, count, result.loss);
       }
       if (!problem.gradient) return 0.0;
-      result = compute_group(thread, group);
-      if (problem.upstream) multiply_by_upstream(problem, i, count, result.gradient);
+      if (problem.upstream) {
+        T upstream[kGroup];
+        load_group(problem.upstream, i, count, upstream);
+        result = compute_group<GradientFormula<Logits>>(thread, group, upstream);
+      } else {
+        result = compute_group<GradientFormula<Logits>>(thread, group);
+      }
+      FUSED_SCE_UNROLL
+      for (int k = 0; k < kGroup; ++k) result.gradient[k] = thread.scale.upper == 0 ? 0 : result.gradient[k];
     } else {
-      result = compute_group(thread, group);
+      result = compute_group<Formula>(thread, group);
       typename Formula::Accumulator group_sum = 0;
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) group_sum += k < count ? typename Formula::Accumulator(result.loss[k]) : 0;
@@ -150,18 +158,20 @@ struct ContiguousLoop {
     return sum;
   }
 
-  FUSED_SCE_INLINE GroupResult compute_group(const Thread& thread, const LoadedGroup& group) {
+  // Losses times weights, and gradients times everything that multiplies them; `upstream` may be null.
+  template <class F>
+  FUSED_SCE_INLINE GroupResult compute_group(Thread& thread, const LoadedGroup& group, const T* upstream = nullptr) {
     const Problem& problem = thread.problem;
     T logits[kGroup];
     T target[kGroup];
-    convert(problem, group.target, target);
+    convert(problem, group.target, thread.labels, target);
     unpack(group.logits, logits);
     GroupResult result;
     const auto compute_with = [&](auto has_pos_weight) {
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) {
-        const LossAndGradient<T> each = Formula::template compute<decltype(has_pos_weight)::value>(
-            logits[k], target[k], thread.pos_weight[k], thread.scale);
+        const LossAndGradient<T> each =
+            F::template compute<decltype(has_pos_weight)::value>(logits[k], target[k], thread.pos_weight[k]);
         result.loss[k] = each.loss;
         result.gradient[k] = each.gradient;
       }
@@ -174,8 +184,15 @@ struct ContiguousLoop {
     if (kMayBeWeighted && problem.weight) {
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) {
-        result.loss[k] *= thread.weight[k];
-        result.gradient[k] *= thread.weight[k];
+        const T factor = upstream ? product_of_factors(thread.weight[k], upstream[k]) : thread.weight[k];
+        result.loss[k] = product(thread.weight[k], result.loss[k]);
+        result.gradient[k] = scaled_product<F>(factor, thread.scale, result.gradient[k]);
+      }
+    } else {
+      FUSED_SCE_UNROLL
+      for (int k = 0; k < kGroup; ++k) {
+        result.gradient[k] = upstream ? scaled_product<F>(upstream[k], thread.scale, result.gradient[k])
+                                      : F::scaled(result.gradient[k], thread.scale);
       }
     }
     return result;
@@ -185,39 +202,26 @@ struct ContiguousLoop {
   FUSED_SCE_INLINE double recomputed_sum(const Problem& problem, int64_t begin, int count) {
     const int last = problem.ndim - 1;
     GroupSum<Formula> sum;
+    LabelCheck labels;
     FUSED_SCE_NO_UNROLL
     for (int64_t i = begin; i < begin + count; ++i) {
       Element<T> element = {
-          load_as<T>(static_cast<const Logits*>(problem.logits.data)[i]), load_target<T>(problem, i), T(1), T(1),
-          false};
+          load_as<T>(static_cast<const Logits*>(problem.logits.data)[i]), load_target<T>(problem, i, labels), T(1),
+          T(1), false};
       if (kMayBeWeighted) {
         const int64_t column = i % problem.sizes[last];
         element.weight = load_weight<T>(problem.weight, column * problem.weight.strides[last]);
         element.pos_weight = load_weight<T>(problem.pos_weight, column * problem.pos_weight.strides[last]);
         element.has_pos_weight = bool(problem.pos_weight);
       }
-      sum.add(element, {});
+      sum.add(element);
     }
     return sum.value();
   }
-
-  // `upstream` is of the type computed in or of the logits' type, contiguous or one value for all.
-  FUSED_SCE_INLINE void multiply_by_upstream(const Problem& problem, int64_t i, int count, T (&gradient)[kGroup]) {
-    const Operand& upstream = problem.upstream;
-    T factors[kGroup];
-    if (upstream.contiguous) {
-      load_group(upstream, i, count, factors);
-    } else {
-      const T factor = load_element<T>(upstream, 0);
-      FUSED_SCE_UNROLL
-      for (int k = 0; k < kGroup; ++k) factors[k] = factor;
-    }
-    FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) gradient[k] *= factors[k];
-  }
 };
 
-// values[i] *= factor for a thread's range. For a factor of 1, the usual one, no value is read or written.
+// values[i] = product(factor, values[i]) for a thread's range. For a factor of 1, the usual one, no value is read or
+// written.
 template <class Stored>
 FUSED_SCE_INLINE void scale_values(Stored* values, const Operand& factor, ThreadRange range) {
   using T = std::conditional_t<std::is_same<Stored, double>::value, double, float>;
@@ -231,7 +235,7 @@ FUSED_SCE_INLINE void scale_values(Stored* values, const Operand& factor, Thread
     T group[kGroup];
     unpack(load_pack<Stored, kGroup>(values, i, count, wide), group);
     FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) group[k] *= by;
+    for (int k = 0; k < kGroup; ++k) group[k] = product(by, group[k]);
     store_pack(values, i, count, wide, group);
   }
 }

@@ -11,7 +11,8 @@ __global__ void __launch_bounds__(kThreads, Loop::kMinBlocks) elements_kernel(
     const __grid_constant__ Problem problem,
     const __grid_constant__ TwoPart<typename Loop::T> of_divisor,
     int64_t threads) {
-  const auto scale = gradient_scale(problem, of_divisor);
+  if (is_done(problem)) return;
+  const auto scale = scale_of_block(problem, of_divisor);
   Loop::run(problem, scale, range_of(problem.numel, thread_of_grid(), threads));
 }
 
@@ -31,7 +32,7 @@ cudaError_t elements(const Problem& problem, cudaStream_t stream) {
   const int64_t threads = num_threads(problem, int64_t(blocks) * kThreads);
   choose_loop<Output::Elements>(problem, threads, [&](auto loop) {
     using Loop = decltype(loop);
-    const auto of_divisor = reciprocal<typename Loop::T>(problem.options.divisor);
+    const auto of_divisor = quotient_in_parts<typename Loop::T>(1.0, problem.options.divisor);
     elements_kernel<Loop><<<blocks, kThreads, 0, stream>>>(problem, of_divisor, threads);
   });
   return cudaGetLastError();

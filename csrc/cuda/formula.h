@@ -25,7 +25,7 @@ FUSED_SCE_INLINE bool is_finite(T value) {
   return value - value == T(0);
 }
 
-// loss.h for every type. The losses of a group are added in double. `scale` is the reciprocal of the divisor.
+// loss.h for every type. The losses of a group are added in double.
 template <class Computed>
 struct FullFormula {
   using T = Computed;
@@ -33,10 +33,11 @@ struct FullFormula {
   static constexpr bool kRecomputesNonFinite = false;
 
   template <bool kPosWeight>
-  FUSED_SCE_INLINE LossAndGradient<T> compute(T logit, T target, T pos_weight, TwoPart<T> scale) {
-    const LossAndGradient<T> result = sigmoid_cross_entropy<T, kPosWeight>(logit, target, pos_weight);
-    return {result.loss, mul_add(result.gradient, scale.lower, result.gradient * scale.upper)};
+  FUSED_SCE_INLINE LossAndGradient<T> compute(T logit, T target, T pos_weight) {
+    return sigmoid_cross_entropy<T, kPosWeight>(logit, target, pos_weight);
   }
+
+  FUSED_SCE_INLINE T scaled(T value, TwoPart<T> scale) { return fused_sce::scaled(value, scale); }
 };
 
 // gpu16.h for 16-bit logits. The losses of a group are added in float.
@@ -48,11 +49,19 @@ struct Formula16Bit {
   static constexpr bool kRecomputesNonFinite = true;
 
   template <bool kPosWeight>
-  FUSED_SCE_INLINE LossAndGradient<float> compute(float logit, float target, float pos_weight, TwoPart<float> scale) {
-    const LossAndGradient<float> result = sigmoid_cross_entropy_16bit<kPosWeight>(logit, target, pos_weight);
-    return {result.loss, result.gradient * scale.upper};
+  FUSED_SCE_INLINE LossAndGradient<float> compute(float logit, float target, float pos_weight) {
+    return sigmoid_cross_entropy_16bit<kPosWeight>(logit, target, pos_weight);
   }
+
+  FUSED_SCE_INLINE float scaled(float value, TwoPart<float> scale) { return value * scale.upper; }
 };
+
+// As scaled_product() in floats.h, but a product of factor and scale that is too small for any number is not yet 0: to
+// leave out infinities there as well would cost registers that the kernels do not have.
+template <class Formula, class T>
+FUSED_SCE_INLINE T scaled_product(T factor, TwoPart<T> scale, T value) {
+  return factor == T(0) ? T(0) : Formula::scaled(factor, scale) * value;
+}
 
 // What one element's loss follows from.
 template <class T>
@@ -64,12 +73,11 @@ struct Element {
   bool has_pos_weight;
 };
 
-// Loss and gradient before they are multiplied by the weight.
+// Loss and gradient before they are multiplied by anything.
 template <class Formula, class T>
-FUSED_SCE_INLINE LossAndGradient<T> compute(const Element<T>& element, TwoPart<T> scale) {
-  return element.has_pos_weight
-             ? Formula::template compute<true>(element.logit, element.target, element.pos_weight, scale)
-             : Formula::template compute<false>(element.logit, element.target, element.pos_weight, scale);
+FUSED_SCE_INLINE LossAndGradient<T> compute(const Element<T>& element) {
+  return element.has_pos_weight ? Formula::template compute<true>(element.logit, element.target, element.pos_weight)
+                                : Formula::template compute<false>(element.logit, element.target, element.pos_weight);
 }
 
 // The sum of the losses of a group, added element by element.
@@ -79,13 +87,13 @@ class GroupSum {
 
  public:
   // Returns what compute() does.
-  FUSED_SCE_MEMBER LossAndGradient<T> add(const Element<T>& element, TwoPart<T> scale) {
-    const LossAndGradient<T> result = compute<Formula>(element, scale);
-    sum_ += typename Formula::Accumulator(result.loss * element.weight);
+  FUSED_SCE_MEMBER LossAndGradient<T> add(const Element<T>& element) {
+    const LossAndGradient<T> result = compute<Formula>(element);
+    sum_ += typename Formula::Accumulator(product(element.weight, result.loss));
     if constexpr (Formula::kRecomputesNonFinite) {
       const bool is_nan = result.loss != result.loss;
-      const T loss = is_nan ? compute<FullFormula<float>>(element, {}).loss : result.loss;
-      recomputed_ += double(loss * element.weight);
+      const T loss = is_nan ? compute<FullFormula<float>>(element).loss : result.loss;
+      recomputed_ += double(product(element.weight, loss));
     }
     return result;
   }
@@ -99,9 +107,12 @@ class GroupSum {
   double recomputed_ = 0.0;
 };
 
-// Losses and gradients of single elements are the CPU's bits, because a loss of 16-bit logits may be wanted in float32.
+// A gradient has the logits' type, so for 16 bits the shorter formula is good enough. It gives each backward pass the
+// bits of the forward pass. Losses of single elements are the CPU's bits: they may be wanted in float32.
+template <class Logits>
+using GradientFormula = std::conditional_t<std::is_same<Logits, float>::value, FullFormula<float>, Formula16Bit>;
+
 template <class Logits, Output kOutput>
-using FormulaOf =
-    std::conditional_t<makes_sum(kOutput) && !std::is_same<Logits, float>::value, Formula16Bit, FullFormula<float>>;
+using LossFormula = std::conditional_t<makes_sum(kOutput), GradientFormula<Logits>, FullFormula<float>>;
 
 }  // namespace fused_sce::cuda

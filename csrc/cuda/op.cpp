@@ -33,7 +33,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 // The counter and the partial sums of one kernel at a time. There is one workspace for each stream, whose kernels run
 // one after the other; each leaves the counter at 0 for the next. It is never freed (32 KiB), and not taken from
 // torch's allocator: that may be serving a CUDA graph's private pool (torch.compile warms up in one), where a tensor
-// that outlives the graph is an error.
+// that outlives the graph is an error. Null: there is no memory left.
 double* workspace_of(int32_t device, cudaStream_t stream) {
   static std::mutex mutex;
   static auto& workspaces = *new std::map<std::pair<int32_t, cudaStream_t>, double*>();
@@ -48,6 +48,10 @@ double* workspace_of(int32_t device, cudaStream_t stream) {
     cudaError_t status = cudaMalloc(&memory, bytes);
     if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, bytes, stream);
     check(cudaThreadExchangeStreamCaptureMode(&mode));
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // forgets it
+      return nullptr;
+    }
     check(status);
     workspace = static_cast<double*>(memory);
   }
@@ -56,6 +60,7 @@ double* workspace_of(int32_t device, cudaStream_t stream) {
 
 struct CudaBackend {
   static void prepare(const Tensor&) {}
+  static void check_labels(const Problem&) {}  // the kernels do: a failed assertion ends the process's use of the GPU
 
   static void elements(const Problem& problem, const Tensor& result) {
     const DeviceGuard guard(result.get_device_index());
@@ -70,14 +75,17 @@ struct CudaBackend {
     if (words > 0) check(cudaStreamIsCapturing(stream, &capture));
     double* workspace = nullptr;
     OptionalTensor zeros;
-    if (capture != cudaStreamCaptureStatusNone) {
+    if (words > 0 && capture == cudaStreamCaptureStatusNone) {
+      workspace = workspace_of(total.get_device_index(), stream);
+    }
+    if (words > 0 && !workspace) {
       // A CUDA graph may be replayed on any stream, beside kernels that use this stream's workspace, and two counts in
-      // one counter would lose a block. So each captured sum has its own, zeroed by the graph.
-      zeros = new_tensor(total, std::vector<int64_t>{words}, ScalarType::Double);
+      // one counter would lose a block. So each captured sum has its own, zeroed by the graph. And where memory is
+      // short, torch's allocator gives back what it keeps in reserve.
+      const std::vector<int64_t> size = {words};
+      zeros = new_tensor(total, size, std::vector<int64_t>{1}, ScalarType::Double);
       workspace = static_cast<double*>(zeros->mutable_data_ptr());
       check(cudaMemsetAsync(workspace, 0, size_t(words) * sizeof(double), stream));
-    } else if (words > 0) {
-      workspace = workspace_of(total.get_device_index(), stream);
     }
     check(cuda::sum(problem, result_of(total), workspace, stream));
   }

@@ -11,15 +11,15 @@ namespace fused_sce::cuda {
 
 static __device__ __forceinline__ int64_t thread_of_grid() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
 
-// The reciprocal of what divides a gradient: `of_divisor`, which the host computed, unless there is a count on the
-// device. Then one thread of the block computes it, because double arithmetic is slow on many cards.
+// The scale of a gradient: `of_divisor`, which the host computed, unless there is a count or a factor on the device.
+// Then one thread of the block computes it, because double arithmetic is slow on many cards.
 template <class T>
-__device__ __forceinline__ TwoPart<T> gradient_scale(const Problem& problem, TwoPart<T> of_divisor) {
-  if (!problem.count) return of_divisor;
-  __shared__ TwoPart<T> of_count;
-  if (threadIdx.x == 0) of_count = reciprocal<T>(divisor_of(problem));
+__device__ __forceinline__ TwoPart<T> scale_of_block(const Problem& problem, TwoPart<T> of_divisor) {
+  if (!problem.count && !problem.factor) return of_divisor;
+  __shared__ TwoPart<T> scale;
+  if (threadIdx.x == 0) scale = gradient_scale<T>(problem);
   __syncthreads();
-  return of_count;
+  return scale;
 }
 
 using BlockReduce = cub::BlockReduce<double, kThreads>;

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, Loop::kMinBlocks) rows_kernel(
     double sum = 0.0;
     if (row < count) {
       const ThreadRange range = {row * columns, (row + 1) * columns, thread, team};
-      sum = Loop::run(problem, {T(1), T(0)}, range);
+      sum = Loop::run(problem, {}, range);
     }
     sum = reduce_team(sum, thread, team);
     if (thread == 0 && row < count) store_element(sums, row, sum / divisor_of(problem));

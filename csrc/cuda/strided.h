@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "formula.h"
 #include "launch.h"
@@ -43,6 +44,17 @@ FUSED_SCE_INLINE Offsets offsets_of(const Problem& problem, int64_t index) {
   return at;
 }
 
+// A gradient times everything that multiplies it.
+template <class Formula, class T>
+FUSED_SCE_INLINE T
+times_factors(const Problem& problem, const Element<T>& element, const Offsets& at, T gradient, TwoPart<T> scale) {
+  if (scale.upper == T(0)) return T(0);
+  if (!problem.weight && !problem.upstream) return Formula::scaled(gradient, scale);
+  T factor = element.weight;
+  if (problem.upstream) factor = product_of_factors(factor, load_element<T>(problem.upstream, at.upstream));
+  return scaled_product<Formula>(factor, scale, gradient);
+}
+
 // Any problem. What it makes is decided at run time:
 // problem.loss and problem.gradient of each element, whichever is set, and always the sum of the losses.
 template <class Formula>
@@ -54,20 +66,26 @@ struct StridedLoop {
     const int group = group_size(problem.logits.dtype);
     const int last = problem.ndim - 1;
     double sum = 0.0;
+    LabelCheck labels;
     for (int64_t begin = range.first(group); begin < range.end; begin += range.stride(group)) {
       const int64_t end = range.end - begin < group ? range.end : begin + group;
       Offsets at = offsets_of(problem, begin);
       GroupSum<Formula> group_sum;
       for (int64_t i = begin; i < end; ++i) {
         const Element<T> element = {
-            load_element<T>(problem.logits, at.logits), load_target<T>(problem, at.target),
+            load_element<T>(problem.logits, at.logits), load_target<T>(problem, at.target, labels),
             load_weight<T>(problem.weight, at.weight), load_weight<T>(problem.pos_weight, at.pos_weight),
             bool(problem.pos_weight)};
-        const LossAndGradient<T> result = group_sum.add(element, scale);
-        if (problem.loss) store_element(problem.loss, i, result.loss * element.weight);
+        const LossAndGradient<T> result = group_sum.add(element);
+        if (problem.loss) store_element(problem.loss, i, product(element.weight, result.loss));
         if (problem.gradient) {
-          T gradient = result.gradient * element.weight;
-          if (problem.upstream) gradient *= load_element<T>(problem.upstream, at.upstream);
+          T gradient = times_factors<Formula>(problem, element, at, result.gradient, scale);
+          if constexpr (std::is_same<Formula, FullFormula<float>>::value) {
+            if (problem.logits.dtype != DType::Float32) {  // see GradientFormula
+              gradient = compute<Formula16Bit>(element).gradient;
+              gradient = times_factors<Formula16Bit>(problem, element, at, gradient, scale);
+            }
+          }
           store_element(problem.gradient, i, gradient);
         }
 
@@ -79,6 +97,7 @@ struct StridedLoop {
       }
       sum += group_sum.value();
     }
+    labels.expect_labels();
     return sum;
   }
 };

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, Loop::kMinBlocks) sum_kernel(
     const __grid_constant__ Result total,
     int64_t threads,
     double* workspace) {
-  const auto scale = gradient_scale(problem, of_divisor);
+  const auto scale = scale_of_block(problem, of_divisor);
   const double sum = Loop::run(problem, scale, range_of(problem.numel, thread_of_grid(), threads));
   reduce_grid(sum, problem, total, workspace);
 }
@@ -27,7 +27,7 @@ cudaError_t launch(const Problem& problem, const Result& total, double* workspac
   const int64_t threads = num_threads(problem, int64_t(blocks) * kThreads);
   choose_loop<kOutput>(problem, threads, [&](auto loop) {
     using Loop = decltype(loop);
-    const auto of_divisor = reciprocal<typename Loop::T>(problem.options.divisor);
+    const auto of_divisor = quotient_in_parts<typename Loop::T>(1.0, problem.options.divisor);
     sum_kernel<Loop><<<blocks, kThreads, 0, stream>>>(problem, of_divisor, total, threads, workspace);
   });
   return cudaGetLastError();

@@ -1,7 +1,10 @@
 // The target: the only place where it is loaded and converted, for contiguous and strided problems alike.
 #pragma once
 
+#undef NDEBUG  // the assertion checks data, not the program
+#include <cassert>
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 
 #include "memory.h"
@@ -15,6 +18,27 @@ struct ByteTarget {
 
 // A target whose type is known at run time.
 struct AnyTarget {};
+
+// Whether the integer targets that a thread has seen are labels, 0 or 1. Asked once, at the end: an assertion in the
+// loop would be a call, around which registers are spilled.
+struct LabelCheck {
+  uint32_t other_bits = 0;
+
+  template <class Stored>
+  FUSED_SCE_MEMBER void see(Stored target) {
+    if constexpr (std::is_integral<Stored>::value) other_bits |= (target & ~Stored(1)) != 0;
+  }
+  FUSED_SCE_MEMBER void see_bytes(uint32_t word) { other_bits |= word & 0xfefefefeu; }
+
+  // Stops the program if one is not: on a GPU as a failed assertion does.
+  FUSED_SCE_MEMBER void expect_labels() const {
+#if defined(__CUDA_ARCH__)
+    assert(other_bits == 0 && "an integer target of fused_sce must be 0 or 1");
+#else
+    if (other_bits != 0) throw std::domain_error("an integer target must be 0 or 1");
+#endif
+  }
+};
 
 // Calls `action` with a value of the target's type, if there are loops for it beside AnyTarget; returns whether. Those
 // take the target as it is: to change it there would cost each of them 1 instruction per element.
@@ -60,12 +84,16 @@ FUSED_SCE_INLINE bool is_target_aligned(const Problem& problem, int64_t begin, i
 
 // The targets of the group at element `i` of a contiguous target; `count` and `wide` as in load_pack().
 template <class T, class Target, int kGroup>
-FUSED_SCE_INLINE TargetGroup<T, Target, kGroup> load_target(const Problem& problem, int64_t i, int count, bool wide) {
+FUSED_SCE_INLINE TargetGroup<T, Target, kGroup>
+load_target(const Problem& problem, int64_t i, int count, bool wide, LabelCheck& labels) {
   TargetGroup<T, Target, kGroup> group;
   if constexpr (std::is_same<Target, AnyTarget>::value) {
     visit(problem.target.dtype, [&](auto tag) {
       using Stored = decltype(tag);
-      unpack(load_pack<Stored, kGroup>(problem.target.data, i, count, wide), group.values);
+      const Pack<Stored, kGroup> pack = load_pack<Stored, kGroup>(problem.target.data, i, count, wide);
+      FUSED_SCE_UNROLL
+      for (int k = 0; k < kGroup; ++k) labels.see(element_of(pack, k));
+      unpack(pack, group.values);
     });
   } else {
     group.pack = load_pack<Target, kGroup>(problem.target.data, i, count, wide);
@@ -100,13 +128,19 @@ FUSED_SCE_INLINE void unpack(const Pack<ByteTarget, kGroup>& pack, T (&values)[k
 }
 
 template <class T, class Target, int kGroup>
-FUSED_SCE_INLINE void convert(const Problem& problem, TargetGroup<T, Target, kGroup> group, T (&targets)[kGroup]) {
+FUSED_SCE_INLINE void
+convert(const Problem& problem, TargetGroup<T, Target, kGroup> group, LabelCheck& labels, T (&targets)[kGroup]) {
   if constexpr (std::is_same<Target, AnyTarget>::value) {
     FUSED_SCE_UNROLL
     for (int k = 0; k < kGroup; ++k) targets[k] = changed_target(problem.options, group.values[k]);
   } else {
     if constexpr (std::is_same<Target, ByteTarget>::value) {
-      if (problem.target.dtype == DType::Bool) make_bool(group.pack);
+      if (problem.target.dtype == DType::Bool) {
+        make_bool(group.pack);
+      } else {
+        FUSED_SCE_UNROLL
+        for (int n = 0; n < kGroup / 4; ++n) labels.see_bytes(group.pack.words[n]);
+      }
     }
     unpack(group.pack, targets);
   }
@@ -114,9 +148,11 @@ FUSED_SCE_INLINE void convert(const Problem& problem, TargetGroup<T, Target, kGr
 
 // A single target of any type and layout.
 template <class T>
-FUSED_SCE_INLINE T load_target(const Problem& problem, int64_t offset) {
+FUSED_SCE_INLINE T load_target(const Problem& problem, int64_t offset, LabelCheck& labels) {
   const T value = visit(problem.target.dtype, [&](auto tag) {
-    return load_as<T>(static_cast<const decltype(tag)*>(problem.target.data)[offset]);
+    const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[offset];
+    labels.see(stored);
+    return load_as<T>(stored);
   });
   return changed_target(problem.options, value);
 }

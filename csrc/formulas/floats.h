@@ -32,12 +32,43 @@ FUSED_SCE_INLINE To bit_cast(From from) {
   return to;
 }
 
+// factor * value, and 0 where the factor is 0, whatever the value: a weight of 0 leaves out infinities and NaN.
+template <class T>
+FUSED_SCE_INLINE T product(T factor, T value) {
+  return factor == T(0) ? T(0) : factor * value;
+}
+
+// The product of two factors, 0 if either is 0.
+template <class T>
+FUSED_SCE_INLINE T product_of_factors(T a, T b) {
+  return b == T(0) ? T(0) : product(a, b);
+}
+
+// sum + factor * value; a factor of 0 as in product().
+template <class T>
+FUSED_SCE_INLINE T add_product(T sum, T factor, T value) {
+  return factor == T(0) ? sum : mul_add(factor, value, sum);
+}
+
 // The unevaluated sum of a rounded value and its rounding error.
 template <class T>
 struct TwoPart {
   T upper;
   T lower;
 };
+
+// value (scale.upper + scale.lower)
+template <class T>
+FUSED_SCE_INLINE T scaled(T value, TwoPart<T> scale) {
+  return mul_add(value, scale.lower, value * scale.upper);
+}
+
+// value * factor * scale, a factor of 0 as in product(). The factor is scaled first: the value alone, or scaled, may be
+// too small for a normal number where the product of all three is one.
+template <class T>
+FUSED_SCE_INLINE T scaled_product(T factor, TwoPart<T> scale, T value) {
+  return product(factor == T(0) ? T(0) : scaled(factor, scale), value);
+}
 
 // A GPU's special-function unit; on a CPU the same functions from the standard library.
 struct SpecialFunctions {

@@ -6,12 +6,13 @@
 //               which need more than 16 bits of each loss.
 //     gradient: rounded to 16 bits within 0.51 ULP.
 // They hold for t in {0, 1} and every logit. For t in between loss and gradient are within 2^-20 + |x| 2^-23 times the
-// sum of the sizes of their two terms. The loss is NaN if a logit is infinite and its target matches: the caller must
-// handle this case.
+// sum of the sizes of their two terms. Without p the loss is NaN if a logit is infinite and its target matches: the
+// caller must handle this case.
 //
-// With u = 1 - t for x >= 0 and u = -p t for x < 0 (the slope of loss.h with the sign of the gradient):
-//     loss     = u x + (1 - t + p t) log1p(e)
-//     gradient = u   - (1 - t + p t) copysign(sigmoid(-|x|), x)
+// With p as loss.h does it. Without, with u = 1 - t for x >= 0 and u = -t for x < 0 (the slope with the sign of the
+// gradient):
+//     loss     = u x + log1p(e)
+//     gradient = u - copysign(sigmoid(-|x|), x)
 #pragma once
 
 #include <cmath>
@@ -26,15 +27,6 @@ FUSED_SCE_INLINE LossAndGradient<float> sigmoid_cross_entropy_16bit(float x, flo
   // exp(-|x|) as the square of its root: the root is a normal number even where exp(-|x|) is not.
   const float root = Unit::exp2(std::fabs(x) * -0.72134752f);  // log2(e) / 2
   const float e = root * root;
-  // Tests the sign bit, as the gradient does, so that both treat -0 as negative.
-  const bool is_negative = bit_cast<int32_t>(x) < 0;
-  float slope = (is_negative ? 0.0f : 1.0f) - t;
-  float total = 1.0f;
-  if (kPosWeight) {
-    const float positive = pos_weight * t;
-    slope = is_negative ? -positive : slope;
-    total = (1.0f - t) + positive;
-  }
 
   // log1p(e) / e on [0, 1], largest relative error 2^-24.8
   float log1p_by_e = mul_add(0.005365422461f, e, -0.03006830066f);
@@ -46,9 +38,13 @@ FUSED_SCE_INLINE LossAndGradient<float> sigmoid_cross_entropy_16bit(float x, flo
   log1p_by_e = mul_add(log1p_by_e, e, -0.4999964833f);
   log1p_by_e = mul_add(log1p_by_e, e, 1.0f);
 
-  const float weighted = kPosWeight ? total * e : e;
-  const float signed_e = bit_cast<float>(bit_cast<uint32_t>(weighted) ^ (bit_cast<uint32_t>(x) & 0x80000000u));
-  return {mul_add(weighted, log1p_by_e, slope * x), mul_add(-signed_e, Unit::reciprocal(1.0f + e), slope)};
+  const float reciprocal = Unit::reciprocal(1.0f + e);
+  const uint32_t sign = bit_cast<uint32_t>(x) & 0x80000000u;
+  if (kPosWeight) return weighted_loss_and_gradient(x, t, pos_weight, e * log1p_by_e, e * reciprocal);
+  // Tests the sign bit, as the gradient does, so that both treat -0 as negative.
+  const float slope = (sign ? 0.0f : 1.0f) - t;
+  const float signed_e = bit_cast<float>(bit_cast<uint32_t>(e) ^ sign);
+  return {mul_add(e, log1p_by_e, slope * x), mul_add(-signed_e, reciprocal, slope)};
 }
 
 }  // namespace fused_sce

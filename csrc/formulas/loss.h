@@ -3,6 +3,8 @@
 //     loss(x, t) = (1 - t) softplus(x) + p t softplus(-x)          x: logit, t: target, p: pos_weight
 //     gradient   = (1 - t) sigmoid(x)  - p t sigmoid(-x)           d loss / d x
 //
+// A factor of 0 (1 - t, p or t) leaves out what it multiplies, infinities and NaN included.
+//
 // with softplus(x) = max(x, 0) + log1p(e), sigmoid(|x|) = 1 / (1 + e), sigmoid(-|x|) = e / (1 + e), e = exp(-|x|). The
 // exponent is never positive, so nothing overflows. Neither tail is the difference of two nearly equal numbers:
 // `sigmoid(x) - t` loses every gradient beyond |x| = 17 in float, these formulas lose none.
@@ -15,7 +17,8 @@
 //     with p:      as in between, if p t is no subnormal number. Where e is subnormal, its error times p, at most 2 p
 //                  subnormal steps, is added.
 //     infinite x:  with the matching target loss and gradient are 0.
-//     NaN:         in x or t gives NaN.
+//     infinite t:  loss and gradient tend to those of softplus(x) - t x, infinite or, for x = 0, a loss of NaN.
+//     NaN:         in x or t gives NaN, unless p = 0 and t = 1.
 #pragma once
 
 #include <cmath>
@@ -43,43 +46,60 @@ struct LossAndGradient {
   T gradient;
 };
 
+// The size of a gradient with the sign of the logit.
+template <class T>
+FUSED_SCE_INLINE T with_sign_of(T x, T size) {
+  using Bits = typename Constants<T>::Bits;
+  constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
+  return bit_cast<T>(bit_cast<Bits>(size) ^ (bit_cast<Bits>(x) & kSign));
+}
+
+// Tests the sign bit, as with_sign_of() does, so that both treat -0 as negative.
+template <class T>
+FUSED_SCE_INLINE bool is_negative(T x) {
+  return bit_cast<typename Constants<T>::SignedBits>(x) < 0;
+}
+
+// Both are computed from the slope u: 1 - t for x >= 0, p t for x < 0. It is what the size of the gradient tends to for
+// large |x|. With v for the other one of the two
+//     loss     = u (|x| + log1p(e)) + v log1p(e)
+//     gradient = u sigmoid(|x|) - v sigmoid(-|x|), negated for x < 0
+// and without p, where u + v = 1,
+//     loss     = u |x| + log1p(e)
+//     gradient = u - sigmoid(-|x|), negated for x < 0.
+// For t in {0, 1} one of the two terms is 0. For t in between they may cancel, but as sigmoid(-|x|) <= 1/2 the error is
+// small against (1 - t) sigmoid(x) + p t sigmoid(-x).
+
+// With p, from log1p(e) and sigmoid(-|x|).
+template <class T>
+FUSED_SCE_INLINE LossAndGradient<T> weighted_loss_and_gradient(T x, T t, T pos_weight, T log1p_e, T smaller) {
+  const T negative = T(1) - t;
+  const T positive = product_of_factors(t, pos_weight);
+  const T slope = is_negative(x) ? positive : negative;
+  const T other = is_negative(x) ? negative : positive;
+  const T loss = add_product(product(slope, std::fabs(x) + log1p_e), other, log1p_e);
+  const T size = add_product(product(slope, T(1) - smaller), other, -smaller);
+  return {loss, with_sign_of(x, size)};
+}
+
 // Loss and gradient of one element from e = exp(-|x|). kPosWeight = false is p = 1, without the multiplications.
-//
-// Both are computed from the slope: 1 - t for x >= 0, p t for x < 0. It is what the size of the gradient tends to for
-// large |x|. For x >= 0
-//     loss     = (1 - t) x + (1 - t + p t) log1p(e)
-//     gradient = (1 - t) - (1 - t + p t) sigmoid(-|x|)
-// and for x < 0 the same with p t and |x|, the gradient negated. For t in {0, 1} one of the two terms is 0. For t in
-// between they may cancel, but as sigmoid(-|x|) <= 1/2 the error is small against (1 - t) sigmoid(x) + p t sigmoid(-x).
 template <class T, bool kPosWeight>
 FUSED_SCE_INLINE LossAndGradient<T> sigmoid_cross_entropy(T x, T t, T pos_weight, TwoPart<T> e) {
-  using Bits = typename Constants<T>::Bits;
-  using SignedBits = typename Constants<T>::SignedBits;
   const TwoPart<T> log1p_e = log1p_of(e);
-  const T negative = T(1) - t;
-  const T positive = kPosWeight ? pos_weight * t : t;
-  // Tests the sign bit, as the gradient's sign at the end does, so that both treat -0 as negative.
-  const T slope = bit_cast<SignedBits>(x) < 0 ? positive : negative;
-  // 0 for a slope of 0 even if x is infinite, where the product would be NaN.
-  const T linear = slope == T(0) ? T(0) : slope * std::fabs(x);
+  const T smaller = smaller_sigmoid(e);
+  if (kPosWeight) return weighted_loss_and_gradient(x, t, pos_weight, log1p_e.upper + log1p_e.lower, smaller);
 
-  T loss;
-  if (kPosWeight) {
-    loss = mul_add(negative + positive, log1p_e.upper + log1p_e.lower, linear);
-  } else {
-    // The sum of linear and both parts of log1p with one rounding that matters: larger + smaller, and the error of that
-    // addition (T. J. Dekker, 1971). If linear is infinite, `added` is NaN.
-    const T larger = linear > log1p_e.upper ? linear : log1p_e.upper;
-    const T smaller = linear > log1p_e.upper ? log1p_e.upper : linear;
-    const T sum = larger + smaller;
-    const T added = sum - larger;
-    const T lost = added < T(1) ? smaller - added : T(0);
-    loss = sum + (lost + log1p_e.lower);
-  }
-
-  const T size = kPosWeight ? mul_add(-(negative + positive), smaller_sigmoid(e), slope) : slope - smaller_sigmoid(e);
-  constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
-  return {loss, bit_cast<T>(bit_cast<Bits>(size) ^ (bit_cast<Bits>(x) & kSign))};
+  const T slope = is_negative(x) ? t : T(1) - t;
+  const T linear = product(slope, std::fabs(x));
+  // The sum of linear and both parts of log1p with one rounding that matters: that of the two larger ones, whose error
+  // follows from it (T. J. Dekker, 1971). The error is NaN if linear is infinite.
+  const bool is_linear_larger = linear > log1p_e.upper;
+  const T first = is_linear_larger ? linear : log1p_e.upper;
+  const T second = is_linear_larger ? log1p_e.upper : linear;
+  const T sum = first + second;
+  const T lost = second - (sum - first);
+  const T loss = sum + ((lost == lost ? lost : T(0)) + log1p_e.lower);
+  return {loss, with_sign_of(x, slope - smaller)};
 }
 
 template <class T, bool kPosWeight>

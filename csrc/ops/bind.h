@@ -4,6 +4,8 @@
 #include <list>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "../problem.h"
 #include "arguments.h"
@@ -31,24 +33,37 @@ Reduction reduction_of(const Arguments& arguments);
 // The dtype of the loss.
 ScalarType result_type(const Arguments& arguments);
 
+// How the elements of a tensor follow one another in memory, each beside the next.
+struct Layout {
+  std::vector<size_t> dims;      // outermost first
+  std::vector<int64_t> strides;  // of each dimension
+  bool is_row_major = true;
+};
+
+// That of the tensor, as torch.empty_like has it; row-major for one that overlaps itself or has gaps.
+Layout layout_of(const Tensor& tensor);
+Layout row_major(const Tensor& tensor);
+
 // A problem, and the tensors made for it. It points at their memory and at that of the arguments.
 struct BoundProblem {
   Problem problem;
   std::list<Tensor> copies;  // which stay where they are
 };
 
-// Checks the arguments and binds them. `upstream` is a gradient of the loss that broadcasts to the input's shape.
-BoundProblem bind(const Arguments& arguments, const Tensor* upstream = nullptr);
+// Checks the arguments and binds them, elements in the order of `layout`. `upstream` is a gradient of the loss that
+// broadcasts to the input's shape.
+BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor* upstream = nullptr);
 
-// Checks that `gradient` can take the gradient by the input: contiguous, of its shape, dtype and device, and apart from
-// the memory of all arguments, `upstream` too, or exactly in that of the input.
-void check_gradient(const Arguments& arguments, const Tensor* upstream, const Tensor& gradient);
+// Checks that `gradient` can take the gradient by the input: of its shape, dtype and device, with the strides of
+// `layout`, and apart from the memory of all arguments, `upstream` too, or exactly in that of the input. Returns
+// whether it is the latter.
+bool check_gradient(const Arguments& arguments, const Layout& layout, const Tensor* upstream, const Tensor& gradient);
 
 // Checks that `factor` can scale `self`.
 void check_scale(const Tensor& self, const Tensor& factor);
 
-// A new contiguous tensor on the device of `like`.
-Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype);
+// A new tensor on the device of `like`.
+Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype);
 
 // Where a kernel writes to.
 Result result_of(const Tensor& tensor);

@@ -2,12 +2,16 @@
 //
 // A Backend has
 //     static void prepare(const Tensor& result)             memory that is about to be written for the first time
+//     static void check_labels(const Problem&)              before the logits are overwritten
 //     static void elements(const Problem&, const Tensor& result)  problem.loss and problem.gradient, whichever is set
 //     static void sum(const Problem&, const Tensor& total)        the sum of all losses; problem.gradient if set
 //     static void rows(const Problem&, int64_t columns, const Tensor& loss)      problem.loss, one for each row
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "bind.h"
 
@@ -19,26 +23,34 @@ struct OpKernels {
   static void loss(StableIValue* stack, uint64_t, uint64_t) {
     Values values{stack};
     const Arguments arguments(values);
+    const Tensor& input = arguments.input;
     const Reduction reduction = reduction_of(arguments);
     if (reduction == Reduction::None && (arguments.options.divisor != 1 || arguments.count)) {
       fail("reduction none has neither divisor nor count");
     }
-    BoundProblem bound = bind(arguments);
-    const IntHeaderOnlyArrayRef sizes = arguments.input.sizes();
-    const size_t dims = reduction == Reduction::Sum ? 0 : sizes.size() - (reduction == Reduction::Rows);
-    const Tensor loss = new_tensor(arguments.input, IntHeaderOnlyArrayRef(sizes.data(), dims), result_type(arguments));
-    if (reduction == Reduction::Sum) {
-      Backend::sum(bound.problem, loss);
-    } else if (loss.numel() > 0) {
+    // A row must stay together.
+    const Layout layout = reduction == Reduction::Rows ? row_major(input) : layout_of(input);
+    BoundProblem bound = bind(arguments, layout);
+    const ScalarType dtype = result_type(arguments);
+    if (reduction == Reduction::None) {
+      const Tensor loss = new_result(input, layout, dtype);
       bound.problem.loss = result_of(loss);
-      if (reduction == Reduction::Rows) {
-        Backend::rows(bound.problem, sizes[dims], loss);
-      } else {
-        Backend::prepare(loss);
-        Backend::elements(bound.problem, loss);
-      }
+      if (loss.numel() > 0) Backend::elements(bound.problem, loss);
+      stack[0] = boxed(loss);
+    } else if (reduction == Reduction::Rows) {
+      const IntHeaderOnlyArrayRef sizes(input.sizes().data(), input.dim() - 1);
+      const int64_t columns = input.size(input.dim() - 1);
+      std::vector<int64_t> strides(layout.strides.begin(), layout.strides.end() - 1);
+      for (int64_t& stride : strides) stride /= std::max<int64_t>(columns, 1);
+      const Tensor loss = new_tensor(input, sizes, strides, dtype);
+      bound.problem.loss = result_of(loss);
+      if (loss.numel() > 0) Backend::rows(bound.problem, columns, loss);
+      stack[0] = boxed(loss);
+    } else {
+      const Tensor total = new_scalar(input, dtype);
+      Backend::sum(bound.problem, total);
+      stack[0] = boxed(total);
     }
-    stack[0] = boxed(loss);
   }
 
   // kInto: the gradient goes into memory that the caller has, which is then the last argument and no result.
@@ -46,13 +58,15 @@ struct OpKernels {
   static void forward(StableIValue* stack, uint64_t, uint64_t) {
     Values values{stack};
     const Arguments arguments(values);
-    const Tensor gradient = kInto ? values.next<Tensor>() : new_gradient(arguments.input);
-    BoundProblem bound = bind(arguments);
-    if (kInto) check_gradient(arguments, nullptr, gradient);
+    const Tensor& input = arguments.input;
     if (reduction_of(arguments) != Reduction::Sum) {
       fail("the gradient is made with the sum alone, got reduction ", arguments.reduction);
     }
-    const Tensor total = new_tensor(arguments.input, IntHeaderOnlyArrayRef(), result_type(arguments));
+    const Layout layout = layout_of(input);
+    const Tensor gradient = kInto ? values.next<Tensor>() : new_result(input, layout, input.scalar_type());
+    BoundProblem bound = bind(arguments, layout);
+    if (kInto && check_gradient(arguments, layout, nullptr, gradient)) Backend::check_labels(bound.problem);
+    const Tensor total = new_scalar(input, result_type(arguments));
     bound.problem.gradient = result_of(gradient);
     Backend::sum(bound.problem, total);
     stack[0] = boxed(total);
@@ -64,9 +78,12 @@ struct OpKernels {
     Values values{stack};
     const Tensor grad_output = values.next<Tensor>();
     const Arguments arguments(values);
-    const Tensor gradient = kInto ? values.next<Tensor>() : new_gradient(arguments.input);
-    BoundProblem bound = bind(arguments, &grad_output);
-    if (kInto) check_gradient(arguments, &grad_output, gradient);
+    const Tensor& input = arguments.input;
+    const Layout layout = layout_of(input);
+    const Tensor gradient = kInto ? values.next<Tensor>() : new_result(input, layout, input.scalar_type());
+    BoundProblem bound = bind(arguments, layout, &grad_output);
+    bound.problem.is_made = kInto && values.next<bool>();
+    if (kInto && check_gradient(arguments, layout, &grad_output, gradient)) Backend::check_labels(bound.problem);
     bound.problem.gradient = result_of(gradient);
     if (bound.problem.numel > 0) Backend::elements(bound.problem, gradient);
     if (!kInto) stack[0] = boxed(gradient);
@@ -83,11 +100,13 @@ struct OpKernels {
  private:
   static StableIValue boxed(const Tensor& tensor) { return torch::stable::detail::from(tensor); }
 
-  static Tensor new_gradient(const Tensor& input) {
-    const Tensor gradient = new_tensor(input, input.sizes(), input.scalar_type());
-    Backend::prepare(gradient);
-    return gradient;
+  static Tensor new_result(const Tensor& input, const Layout& layout, ScalarType dtype) {
+    const Tensor result = new_tensor(input, input.sizes(), layout.strides, dtype);
+    Backend::prepare(result);
+    return result;
   }
+
+  static Tensor new_scalar(const Tensor& input, ScalarType dtype) { return new_tensor(input, {}, {}, dtype); }
 };
 
 }  // namespace fused_sce

@@ -17,10 +17,12 @@ STABLE_TORCH_LIBRARY(fused_sce, m) {
   // The same with the gradient in memory that the caller has. It may be the input's.
   m.def("_sigmoid_cross_entropy_forward_out(" FUSED_SCE_ARGUMENTS ", *, Tensor(a!) gradient) -> Tensor");
 
-  // The gradient by the input for a gradient of the loss that broadcasts to the input's shape.
+  // The gradient by the input for a gradient of the loss that broadcasts to the input's shape. `is_made`: `gradient`
+  // holds that for a grad_output of 1 already.
   m.def("_sigmoid_cross_entropy_backward(Tensor grad_output, " FUSED_SCE_ARGUMENTS ") -> Tensor");
   m.def(
-      "_sigmoid_cross_entropy_backward_out(Tensor grad_output, " FUSED_SCE_ARGUMENTS ", *, Tensor(a!) gradient) -> ()");
+      "_sigmoid_cross_entropy_backward_out(Tensor grad_output, " FUSED_SCE_ARGUMENTS
+      ", *, Tensor(a!) gradient, bool is_made=False) -> ()");
 
   // On a GPU alone: multiplies `self` by a tensor of one element without reading that on the host.
   m.def("_scale_(Tensor(a!) self, Tensor factor) -> ()");

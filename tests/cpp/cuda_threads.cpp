@@ -213,7 +213,7 @@ double run_output(const Problem& given, ThreadRange range) {
   double sum = 0.0;
   cuda::choose_loop<kOutput>(problem, range.threads, [&](auto loop) {
     using Loop = decltype(loop);
-    sum = Loop::run(problem, reciprocal<typename Loop::T>(divisor_of(problem)), range);
+    sum = Loop::run(problem, gradient_scale<typename Loop::T>(problem), range);
   });
   return sum;
 }
@@ -233,7 +233,7 @@ double run_row(Problem problem, ThreadRange range) {
   double sum = 0.0;
   cuda::choose_row_loop(problem, [&](auto loop) {
     using Loop = decltype(loop);
-    sum = Loop::run(problem, {typename Loop::T(1), typename Loop::T(0)}, range);
+    sum = Loop::run(problem, {}, range);
   });
   return sum;
 }
@@ -249,13 +249,17 @@ std::vector<double> run_grid(const Problem& problem, Wanted wanted, int blocks) 
   return sums;
 }
 
-double total_of(const std::vector<double>& sums) { return cpu::add_pairwise(sums.data(), int64_t(sums.size())); }
+double total_of(const std::vector<double>& sums) {
+  cpu::PairwiseSum total;
+  for (const double sum : sums) total.add(sum);
+  return total.total();
+}
 
 // The CPU kernels' results of a problem; returns the sum of the losses.
 double run_reference(const Problem& problem) {
   std::vector<double> partial_sums(cpu::num_chunks(problem.numel));
   cpu::kernels().chunks(problem, 0, int64_t(partial_sums.size()), partial_sums.data());
-  return cpu::add_pairwise(partial_sums.data(), int64_t(partial_sums.size()));
+  return total_of(partial_sums);
 }
 
 bool close(double a, double b, double relative) {
@@ -304,7 +308,7 @@ ExactElement exact_element(const Problem& problem, int64_t i) {
   const double x = value_at(problem, problem.logits, i);
   const double t = exact_target(problem, i);
   const double weight = value_at(problem, problem.weight, i);
-  const double upstream = value_at(problem, problem.upstream, i) / divisor_of(problem);
+  const double upstream = value_at(problem, problem.upstream, i) * factor_of(problem) / divisor_of(problem);
   const LossAndGradient<double> exact =
       sigmoid_cross_entropy<double, true>(x, t, value_at(problem, problem.pos_weight, i));
   const double total = std::fabs(1.0 - t) + std::fabs(value_at(problem, problem.pos_weight, i) * t);
@@ -376,7 +380,7 @@ void check(Problem problem, Wanted wanted, DType loss_type, int64_t shift, const
   const int64_t numel = problem.numel;
   const DType result = wanted == Wanted::Loss ? loss_type : problem.logits.dtype;
   const std::string title = what + ", " + name_of(wanted) + " as " + name_of(result);
-  const bool has_own_formula = is_16bit(problem.logits.dtype) && !problem.in_double && wants_sum(wanted);
+  const bool has_own_formula = is_16bit(problem.logits.dtype) && !problem.in_double && wanted != Wanted::Loss;
   const bool writes = wanted != Wanted::Sum;
   Array got(result, numel, shift);
 
@@ -497,9 +501,10 @@ void test_contiguous() {
           problem.upstream = upstream.contiguous();
           expect(cuda::is_contiguous(problem) == in_float, "%s: wrong way", describe("upstream", problem).c_str());
           check(problem, Wanted::Gradient, logits_type, 0, describe("contiguous, upstream", problem));
-          problem.upstream = single.strided({0});
-          expect(cuda::is_contiguous(problem) == in_float, "%s: wrong way", describe("single", problem).c_str());
-          check(problem, Wanted::Gradient, logits_type, 0, describe("contiguous, single upstream", problem));
+          problem.factor = single.contiguous();
+          check(problem, Wanted::Gradient, logits_type, 0, describe("contiguous, upstream and factor", problem));
+          problem.upstream = {};
+          check(problem, Wanted::Gradient, logits_type, 0, describe("contiguous, factor", problem));
         }
       }
     }
