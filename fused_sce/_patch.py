@@ -1,117 +1,198 @@
-"""Let unmodified code train through the fused ops: torch's two functions replaced for the whole process."""
+"""Let unmodified code train through the fused ops: exchange what torch's two functions do, for the whole process."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import threading
-from collections.abc import Callable
-from types import FunctionType, TracebackType
-from typing import Any
+from types import CodeType, FunctionType, TracebackType
 
 import torch.nn.functional
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_sce import functional
+from fused_sce._torch_private import let_compiler_inline
 
 __all__ = ["patch_torch", "unpatch_torch"]
 
-Function = Callable[..., Tensor]
 
-# The losses of torch.nn.functional that have a fused twin of the same name and signature in fused_sce.functional.
-# torch.nn's modules look them up there at each call, and so does other people's code that writes `F.`.
-NAMES = ("binary_cross_entropy_with_logits", "multilabel_soft_margin_loss")
+# The code of these two becomes that of torch's functions of the same names, so their parameters are torch's, in torch's
+# order; the defaults stay torch's. It runs with the globals of torch.nn.functional: of these it uses those that torch's
+# own code uses, and the function's name is torch's function there.
+# Overrides are asked as torch asks them. Not by the compiler, which would ask for ever: it does so at the op.
 
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    pos_weight: Tensor | None,
+) -> Tensor:
+    """What `torch.nn.functional.binary_cross_entropy_with_logits` does while patched."""
+    import fused_sce
+
+    if has_torch_function_variadic(input, target, weight, pos_weight) and not torch.compiler.is_compiling():
+        overridden: Tensor = handle_torch_function(
+            binary_cross_entropy_with_logits,
+            (input, target, weight, pos_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+        )
+        return overridden
+    return fused_sce.functional.binary_cross_entropy_with_logits(
+        input, target, weight, size_average, reduce, reduction, pos_weight
+    )
+
+
+def multilabel_soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+) -> Tensor:
+    """What `torch.nn.functional.multilabel_soft_margin_loss` does while patched."""
+    import fused_sce
+
+    if has_torch_function_variadic(input, target, weight) and not torch.compiler.is_compiling():
+        overridden: Tensor = handle_torch_function(
+            multilabel_soft_margin_loss,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+        )
+        return overridden
+    return fused_sce.functional.multilabel_soft_margin_loss(input, target, weight, size_average, reduce, reduction)
+
+
+# Torch's functions themselves, whatever stands under their names later.
+_FUSED: dict[FunctionType, CodeType] = {
+    getattr(torch.nn.functional, ours.__name__): ours.__code__
+    for ours in (binary_cross_entropy_with_logits, multilabel_soft_margin_loss)
+}
+_originals: dict[FunctionType, CodeType] = {}  # torch's code while it is exchanged
 _lock = threading.Lock()
-_originals: dict[str, Function] = {}  # torch's functions while they are replaced
-_replacements: dict[str, Function] = {}
 
 
-def _replacement(name: str, original: Function) -> Function:
-    """The fused function with the signature and name of torch's, and as open to `__torch_function__`."""
-    fused: Function = getattr(functional, name)
-    names = list(inspect.signature(original).parameters)
-    places = [names.index(factor) - 2 for factor in ("weight", "pos_weight") if factor in names]
-    has_override, override = has_torch_function, handle_torch_function
+def _patch() -> None:
+    if _originals:
+        return
+    for function, code in _FUSED.items():
+        known = inspect.getargs(code)
+        is_torchs = getattr(function, "__globals__", None) is vars(torch.nn.functional)
+        if not is_torchs or inspect.getargs(function.__code__) != known:
+            raise RuntimeError(
+                f"patch_torch(): torch.nn.functional.{code.co_name} is not the function that fused_sce knows, with the "
+                f"arguments {', '.join(known.args)}, but {function}: torch {torch.__version__} has changed it, or "
+                "somebody replaced it before fused_sce was imported"
+            )
+    # Before the code is exchanged, so that no other thread's compilation takes the fused function for a node.
+    let_compiler_inline([code.co_name for code in _FUSED.values()], True)
+    for function, code in _FUSED.items():
+        # TorchScript compiles the source of what `__wrapped__` points to, which is torch's.
+        original = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+        functools.update_wrapper(original, function)
+        del original.__wrapped__  # type: ignore[attr-defined]
+        function.__wrapped__ = original  # type: ignore[attr-defined]
+        _originals[function] = function.__code__
+        function.__code__ = code
 
-    def call(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        factors = [args[place] for place in places if place < len(args)]
-        tensors = (input, target, *factors, kwargs.get("weight"), kwargs.get("pos_weight"))
-        # The compiler knows how to ask at the ops; here it would ask about a subclass for ever.
-        if not torch.compiler.is_compiling() and has_override(tensors):
-            overridden: Tensor = override(replacement, tensors, input, target, *args, **kwargs)
-            return overridden
-        return fused(input, target, *args, **kwargs)
 
-    # With the globals of torch's function: TorchScript compiles the source that functools.wraps points to, which is
-    # torch's, and looks its names up here. (So a scripted model keeps torch's loss.)
-    replacement = FunctionType(call.__code__, original.__globals__, name, None, call.__closure__)
-    return functools.wraps(original)(replacement)
+def _unpatch() -> None:
+    for function, code in _FUSED.items():
+        current = function.__code__
+        if current is not code:
+            raise RuntimeError(
+                f"unpatch_torch(): the code of torch.nn.functional.{code.co_name} was exchanged again after "
+                f"patch_torch(), for that of {current.co_filename}, line {current.co_firstlineno}: undo that first"
+            )
+    for function, code in _originals.items():
+        function.__code__ = code
+        del function.__wrapped__  # type: ignore[attr-defined]
+    let_compiler_inline([code.co_name for code in _FUSED.values()], False)
+    _originals.clear()
 
 
-class _Patched:
-    """What `patch_torch` returns: leaving its `with` block undoes the patch."""
+class _Patch:
+    """What `patch_torch` returns."""
+
+    def __init__(self) -> None:
+        self.blocks = 0  # `with` blocks that have not ended
 
     def __enter__(self) -> None:
-        return None
+        with _lock:
+            _patch()
+            self.blocks += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        unpatch_torch()
+        with _lock:
+            self.blocks -= 1
+            if self.blocks or not _originals:
+                return
+            try:
+                _unpatch()
+            except RuntimeError:
+                if error is None:  # else the user's own matters more
+                    raise
 
 
-def patch_torch() -> _Patched:
-    """Replace `torch.nn.functional`'s losses by the fused ones, from now on and in every thread.
+_context = _Patch()
 
-    `binary_cross_entropy_with_logits` and `multilabel_soft_margin_loss` become those of `fused_sce.functional`, and
+
+def patch_torch() -> _Patch:
+    """Make `torch.nn.functional`'s losses the fused ones, from now on and in every thread.
+
+    `binary_cross_entropy_with_logits` and `multilabel_soft_margin_loss` do what those of `fused_sce.functional` do, and
     with them `torch.nn.BCEWithLogitsLoss`, `torch.nn.MultiLabelSoftMarginLoss` and all code that calls one of the four:
-    Hugging Face models, timm's losses, Keras on torch. Code that did `from torch.nn.functional import ...` before keeps
-    torch's function, and so does a program that was exported before; TorchScript always compiles torch's.
+    Hugging Face models, timm's losses, Keras on torch. The functions stay the same objects: whoever imported one by
+    name, at any time, follows, and modules that keep one can be pickled. A spawned process starts without the patch.
+
+    Compiled code is compiled again (with torch 2.11 not that of a module which has the function for an attribute).
+    TorchScript goes on compiling torch's losses, and a program that was exported before keeps them.
 
     To be undone by `unpatch_torch()`, or at the end of a `with` block:
 
         with fused_sce.patch_torch():
             trainer.train()
 
+    The patch is in place when the call returns, before the block. If it was so already, the call changes nothing.
+
     Returns:
-        A context manager; the patch is in place already.
+        A context manager, the same one each time. Its block can be entered again, which patches again. If blocks
+        overlap, in one another or in several threads, the last to end undoes the patch. The end of a block may raise
+        what `unpatch_torch` raises, but never in place of an exception that ends it.
 
     Raises:
-        RuntimeError: It is in place already.
+        RuntimeError: Torch's functions are not those that fused_sce knows.
     """
     with _lock:
-        if _originals:
-            raise RuntimeError(
-                "patch_torch() was called while torch is patched already: call unpatch_torch() first, or leave the "
-                "first `with patch_torch():` block before entering another"
-            )
-        for name in NAMES:
-            _originals[name] = getattr(torch.nn.functional, name)
-            _replacements[name] = _replacement(name, _originals[name])
-        for name in NAMES:
-            setattr(torch.nn.functional, name, _replacements[name])
-    return _Patched()
+        _patch()
+    return _context
 
 
 def unpatch_torch() -> None:
-    """Put torch's own losses back, see `patch_torch`.
+    """Put torch's own losses back, also inside a `with` block of `patch_torch`.
 
     Raises:
-        RuntimeError: They are in place, or somebody has replaced the fused ones in their turn; then nothing is changed.
+        RuntimeError: They are in place, or somebody has exchanged the code of torch's functions after `patch_torch`;
+            then nothing is changed.
     """
     with _lock:
         if not _originals:
             raise RuntimeError("unpatch_torch(): torch is not patched; patch_torch() was not called, or undone already")
-        for name, replacement in _replacements.items():
-            current = getattr(torch.nn.functional, name)
-            if current is not replacement:
-                raise RuntimeError(
-                    f"unpatch_torch(): torch.nn.functional.{name} was replaced again after patch_torch(), by "
-                    f"{current}: undo that first"
-                )
-        for name, original in _originals.items():
-            setattr(torch.nn.functional, name, original)
-        _originals.clear()
-        _replacements.clear()
+        _unpatch()

@@ -6,7 +6,7 @@ Each is named with what it is for; the public way is taken wherever there is one
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -122,3 +122,19 @@ def decide_by_options(op: torch._ops.OpOverload) -> None:
 def allows_implicit_replication(tensor: DTensor) -> bool:
     """Whether DTensor takes plain tensors for replicated ones now."""
     return bool(tensor._op_dispatcher._allow_implicit_replication)
+
+
+def let_compiler_inline(names: Iterable[str], inline: bool) -> None:
+    """Make `torch.compile` trace functions of `torch.nn.functional`, or take a call of one for a node, as by default.
+
+    A node is known by its name alone, in torch's cache of compiled graphs on disk too (AOTAutogradCache, torch 2.11 to
+    2.14): it would mix up processes in which the function does different things. Imports torch._dynamo, which takes
+    1.3 s; any optimizer does so too.
+    """
+    from torch._dynamo import trace_rules
+    from torch._dynamo.variables import TorchInGraphFunctionVariable, UserFunctionVariable
+
+    rules: dict[str, Any] = trace_rules.torch_non_c_binding_in_graph_functions
+    for name in names:
+        rules[f"torch.nn.functional.{name}"] = UserFunctionVariable if inline else TorchInGraphFunctionVariable
+    trace_rules.get_torch_obj_rule_map.cache_clear()
