@@ -170,8 +170,8 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
 def _finished(gradient: Tensor, factor: Tensor, tensors: Tensors, options: Options) -> Tensor:
     """The gradient for an upstream factor, in the memory of that for a factor of 1, the usual one.
 
-    For another factor it is computed anew, not scaled: that would round it twice, and find it 0 or subnormal where the
-    product is neither. On a GPU the kernel reads the factor, because the host would have to wait.
+    For another factor it is computed anew unless a product is exact: scaled, it would be rounded twice, and 0 or
+    subnormal where the product is neither. On a GPU the kernel reads the factor, because the host would have to wait.
     """
     if not (gradient.is_cpu and factor.item() == 1.0):
         _backward_out(factor, *tensors, *options, gradient=gradient, is_made=True)

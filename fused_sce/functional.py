@@ -141,9 +141,9 @@ def sigmoid_cross_entropy(
     Raises:
         TypeError: An argument is no dense tensor, or has another dtype than these; `weight` and `pos_weight` may have
             those of `target`.
-        ValueError: `target`'s shape differs from `input`'s, an integer `target` is not 0 or 1 everywhere (on a GPU this is
-            a failed assertion of the device), `reduction` is unknown, "sum_classes" met a scalar, or `label_smoothing`
-            or `smoothing_prior` is not in [0, 1].
+        ValueError: `target`'s shape differs from `input`'s, an integer `target` is not 0 or 1 everywhere (on a GPU this
+            is a failed assertion of the device), `reduction` is unknown, "sum_classes" met a scalar, or
+            `label_smoothing` or `smoothing_prior` is not in [0, 1].
         RuntimeError: `weight` or `pos_weight` does not broadcast, tensors are on different devices, or `inplace` would
             overwrite a leaf that requires grad.
     """

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstdlib>
 #include <vector>
 
 #include "../ops/kernels.h"
@@ -51,7 +53,7 @@ struct CpuBackend {
   }
 
   static void elements(const Problem& problem, const Tensor&) {
-    if (!is_done(problem)) run(problem, 0, cpu::num_chunks(problem.numel), nullptr);
+    if (!is_done(problem) && !is_rescaled(problem)) run(problem, 0, cpu::num_chunks(problem.numel), nullptr);
   }
 
   static void sum(const Problem& problem, const Tensor& total) {
@@ -79,6 +81,20 @@ struct CpuBackend {
   }
 
  private:
+  // Whether a gradient that is made could be multiplied by its factor without a rounding: powers of two, which gradient
+  // accumulation and loss scaling use. To compute it anew takes 1.4 times as long, forward included.
+  static bool is_rescaled(const Problem& problem) {
+    int exponent = 0;
+    const double factor = factor_of(problem);
+    if (!problem.is_made || std::fabs(std::frexp(factor, &exponent)) != 0.5 || std::abs(exponent) > 100) return false;
+    std::atomic<bool> is_exact = true;
+    const cpu::Kernels& kernels = cpu::kernels();
+    torch::stable::parallel_for(0, cpu::num_chunks(problem.numel), kChunksPerThread, [&](int64_t begin, int64_t end) {
+      if (!kernels.rescale(problem, begin, end, factor)) is_exact = false;
+    });
+    return is_exact;
+  }
+
   // Chunks [begin, end) on all threads.
   static void run(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
     parallel(begin, end, kChunksPerThread, [&](const cpu::Kernels& kernels, int64_t from, int64_t to) {
