@@ -10,7 +10,7 @@ OUT ?= $(OUTPUT)/gpu
 TORCH ?= torch torchvision
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test sweep kernel sanitize bench gpu-check lint format wheel try-wheel clean help
+.PHONY: setup demo test fuzz sweep kernel sanitize bench gpu-check lint format wheel try-wheel clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,11 @@ demo: setup  ## Train a ResNet-18 on digit canvases with the fused loss (minutes
 
 test: setup  ## Run all tests
 	$(BIN)/python -m pytest
+
+CASES ?= 100000
+SEED ?= 0
+fuzz: setup  ## Run CASES=100000 random cases of everything at once, from number SEED=0 on, against an oracle (minutes)
+	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED) --processes 2
 
 # The kernels' flags, as in setup.py.
 KERNEL_FLAGS := -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra

@@ -119,8 +119,10 @@ def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -
     """Logits and smoothed target in the dtype computed in: float64 if one of them is, else float32."""
     dtype = torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
     t = target.to(dtype)
+    if smoothing == 1:
+        t = _left_out(t, torch.ones_like(t, dtype=torch.bool))
     if smoothing:
-        t = (1 - smoothing) * (torch.zeros_like(t) if smoothing == 1 else t) + smoothing * prior
+        t = (1 - smoothing) * t + smoothing * prior
     return input.to(dtype), t
 
 

@@ -83,6 +83,7 @@ std::vector<int64_t> strides_in_order(IntHeaderOnlyArrayRef sizes, const std::ve
 
 // Whether a tensor has the strides, where they matter.
 bool has_strides(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef own, IntHeaderOnlyArrayRef strides) {
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
   for (size_t dim = 0; dim < sizes.size(); ++dim) {
     if (sizes[dim] != 1 && own[dim] != strides[dim]) return false;
   }
