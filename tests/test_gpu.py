@@ -118,7 +118,7 @@ def test_elements_have_the_bits_of_the_cpu(
     rtol = torch.finfo(mean.dtype).eps if is_wide else max(torch.finfo(mean.dtype).eps, 2.0**-19)
     torch.testing.assert_close(mean.cpu(), cpu_mean, rtol=rtol, atol=0)
     # the kernels of a sum and those of elements have one formula for a gradient
-    total, gradient = loss_and_gradient(x, t, "sum", **options)
+    _, gradient = loss_and_gradient(x, t, "sum", **options)
     assert torch.equal(gradient, by_element)
 
 
