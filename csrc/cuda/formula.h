@@ -1,7 +1,7 @@
 // Which formula a kernel computes, and how it adds up losses.
 //
-// Both formulas do the arithmetic of the CPU kernels bit for bit, except for sums over 16-bit logits and the gradients
-// made with them: gpu16.h has a shorter formula for these.
+// Both formulas do the arithmetic of the CPU kernels bit for bit, except for sums over 16-bit logits and gradients
+// in 16 bits: gpu16.h has a shorter formula for these.
 #pragma once
 
 #include <type_traits>
