@@ -319,9 +319,14 @@ def test_direct_call_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["input", "target", "weight", "pos_weight"])
-def test_memory_given_back_is_noticed(name: str) -> None:
+@pytest.mark.parametrize("copied", ["", "converted", "across"])
+def test_memory_given_back_is_noticed(name: str, copied: str) -> None:
     # as FSDP does between uses
-    tensors = {key: torch.rand(3, 4) for key in ("input", "target", "weight", "pos_weight")}
+    tensors = {key: torch.rand(30, 40) for key in ("input", "target", "weight", "pos_weight")}
+    if copied == "converted":
+        tensors[name] = tensors[name].bfloat16()
+    elif copied == "across":
+        tensors[name] = torch.rand(40, 30).t()
     tensors[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"{name} has no memory"):
         F.sigmoid_cross_entropy(**tensors)

@@ -261,6 +261,7 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
   };
   bool all_contiguous = true;
   for (Named& each : operands) {
+    data_of(*each.tensor, each.name);  // before a copy is made of it
     // As elsewhere in torch, a scalar tensor may stay on the CPU.
     if (!input.is_cpu() && each.tensor->dim() == 0 && each.tensor->is_cpu()) {
       replace(each, torch::stable::to(*each.tensor, input.device()));
@@ -275,7 +276,7 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
     // large as the logits and have their type, so the kernels read that type as well.
     const ScalarType type = each.tensor->scalar_type();
     const bool is_weight = each.operand == &problem.weight || each.operand == &problem.pos_weight;
-    const bool is_upstream = each.tensor == upstream;
+    const bool is_upstream = each.operand == &problem.upstream || each.operand == &problem.factor;
     if (type != computing_type && (is_weight || (is_upstream && type != input_type))) {
       replace(each, torch::stable::to(*each.tensor, computing_type));
       each.operand->dtype = problem.in_double ? DType::Float64 : DType::Float32;
