@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,14 +32,17 @@ OPTIONS = [argument.name for argument in _loss._schema.arguments if argument.kwa
 
 def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
     """The loss by the kernels, recorded by autograd where a gradient is wanted."""
-    if needs_graph(tensors):
-        input, target, *factors = tensors
-        if inplace:
-            value: Tensor = SigmoidCrossEntropyInPlace.apply(input, target, factors, options)[0]
-        else:
-            value = SigmoidCrossEntropy.apply(input, target, factors, options)
-        return value
-    return _without_graph(tensors, options)
+    if not needs_graph(tensors):
+        return _without_graph(tensors, options)
+    input, target, weight, pos_weight, _ = tensors
+    value: Tensor
+    if inplace:
+        value = SigmoidCrossEntropyInPlace.apply(input, target, tensors[2:], options)[0]
+    elif _requires_gradient(weight) or _requires_gradient(pos_weight):
+        value = SigmoidCrossEntropy.apply(input, target, tensors[2:], options, weight, pos_weight)
+    else:
+        value = SigmoidCrossEntropy.apply(input, target, tensors[2:], options)
+    return value
 
 
 def call_op(tensors: Tensors, options: Options) -> Tensor:
@@ -49,7 +53,14 @@ def call_op(tensors: Tensors, options: Options) -> Tensor:
 
 def needs_graph(tensors: Tensors) -> bool:
     """Whether autograd records the call."""
-    return (tensors[0].requires_grad or tensors[1].requires_grad) and torch.is_grad_enabled()
+    input, target, weight, pos_weight, _ = tensors
+    return torch.is_grad_enabled() and (
+        input.requires_grad or target.requires_grad or _requires_gradient(weight) or _requires_gradient(pos_weight)
+    )
+
+
+def _requires_gradient(factor: Tensor | None) -> bool:
+    return factor is not None and factor.requires_grad
 
 
 def _without_graph(tensors: Tensors, options: Options) -> Tensor:
@@ -74,14 +85,17 @@ def _makes_gradient(ctx: Any, input: Tensor, options: Options) -> bool:
 
 
 class SigmoidCrossEntropy(torch.autograd.Function):
-    """The loss, differentiable in input and target.
+    """The loss, differentiable in input, target, weight and pos_weight.
 
     With `ctx` in forward: a Function with `setup_context`, which `torch.func` asks for, takes twice the time (one row
-    of 8 logits, forward and backward, torch 2.14: 97 us against 45). For the same reason it has few arguments.
+    of 8 logits, forward and backward, torch 2.14: 97 us against 45). For the same reason it has few arguments: weight
+    and pos_weight come by themselves, which lets autograd see them, only where one of them requires a gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, factors: tuple[Any, ...], options: Options) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, factors: tuple[Any, ...], options: Options, *_: Tensor | None
+    ) -> Tensor:
         """The loss."""
         ctx.save_for_backward(input, target, *factors)
         ctx.options = options
@@ -94,24 +108,24 @@ class SigmoidCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients by input and target."""
+        """The gradients of the tensors."""
         made, ctx.gradient = ctx.gradient, None
         tensors, options = ctx.saved_tensors, ctx.options
-        by_input, by_target, _, _ = ctx.needs_input_grad
+        by_input, by_target, _, _, *by_factors = ctx.needs_input_grad
         if options[0] == "rows":
             grad_output = grad_output.unsqueeze(-1)  # broadcasts to the logits
-        of_input = of_target = None
+        of_input = None
         by_kernel = by_input and not torch.is_grad_enabled() and not is_transforming()
         if by_kernel and made is not None and has_memory(grad_output):
             of_input = _finished(made, grad_output, tensors, options)
         elif by_kernel:
             of_input = _backward(grad_output, *tensors, *options)
         made = None  # gives its memory back
-        if by_target or (by_input and not by_kernel):
-            wanted = (by_input and not by_kernel, by_target)
-            others = reference.gradients(wanted, grad_output, *tensors, *options)
-            of_input, of_target = of_input if by_kernel else others[0], others[1]
-        return of_input, of_target, None, None
+        if by_kernel and not (by_target or by_factors):
+            return of_input, None, None, None
+        wanted = (by_input and not by_kernel, by_target, *(by_factors or (False, False)))
+        others = reference.gradients(wanted, grad_output, *tensors, *options)
+        return of_input if by_kernel else others[0], others[1], None, None, *others[2 : 2 + len(by_factors)]
 
 
 class SigmoidCrossEntropyInPlace(torch.autograd.Function):
@@ -186,4 +200,6 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     value = factor.item()
     if value == 0.0:
         return gradient.zero_()  # whatever it was
+    if not math.isfinite(value):
+        return gradient.copy_(torch.where(gradient == 0, 0, gradient * factor))  # what a weight of 0 left out stays 0
     return gradient if value == 1.0 else gradient.mul_(factor)

@@ -61,8 +61,6 @@ def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any)
     options = tuple(kwargs.get(argument.name, argument.default_value) for argument in _op._schema.arguments[5:])
     if type(input) is not Tensor or type(target) is not Tensor:
         _sharding.register()  # they may be DTensors
-    if torch.is_grad_enabled() and any(factor is not None and factor.requires_grad for factor in (weight, pos_weight)):
-        raise RuntimeError("this op has no gradient by weight or pos_weight; fused_sce.functional has")
     try:
         if is_differentiating() or is_forward_mode():
             return reference.sigmoid_cross_entropy(*tensors, *options)

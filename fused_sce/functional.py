@@ -130,9 +130,9 @@ def sigmoid_cross_entropy(
         smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's.
         inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Read them (for
             metrics, say) before the loss: afterwards they hold the gradient. A backward pass through another use of
-            them, before or after the loss, `backward` for a second time, `create_graph=True` and a gradient by target
-            are errors. Views, logits that are not contiguous, tensor subclasses and DTensors, compiled programs and
-            transforms of `torch.func` are treated as with False.
+            them, before or after the loss, `backward` for a second time, `create_graph=True` and a gradient by another
+            argument are errors. Views, logits that are not contiguous, tensor subclasses and DTensors, compiled
+            programs and transforms of `torch.func` are treated as with False.
 
     Returns:
         The loss: a scalar, or of the input's shape for "none". Its dtype is the target's if that is floating point,
@@ -225,8 +225,6 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
         type(input) is Tensor
         and type(target) is Tensor
         and (input.is_cpu or (_library.has_cuda_kernels and input.is_cuda))
-        and (weight is None or not weight.requires_grad)
-        and (pos_weight is None or not pos_weight.requires_grad)
         and is_plain_eager()
     )
     if not is_usual:
@@ -234,13 +232,13 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
         check_tensors(input, target, weight, pos_weight)
         options = _with_autocast(tensors, options)
         # A trace would keep the divisor of its example.
-        if is_tracing() or is_differentiating() or _needs_reference(tensors):
+        if is_tracing() or is_differentiating() or _needs_reference(input):
             check_labels(target)
             return reference.sigmoid_cross_entropy(*tensors, *options)
         if is_transforming():  # by vmap alone
             return _autograd.call_op(tensors, options)
     if inplace:
-        inplace = _can_overwrite(input, target)
+        inplace = _can_overwrite(*tensors[:4])
     return _autograd.loss(tensors, options, inplace)
 
 
@@ -248,7 +246,7 @@ def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool
     """The op as one node of a graph, or the reference."""
     check_tensors(*tensors[:4])
     options = _with_autocast(tensors, options)
-    if is_transforming() or _needs_reference(tensors):
+    if is_transforming() or _needs_reference(tensors[0]):
         return reference.sigmoid_cross_entropy(*tensors, *options)
     return _autograd.call_op(tensors, options)
 
@@ -259,18 +257,9 @@ def _with_autocast(tensors: _autograd.Tensors, options: _autograd.Options) -> _a
     return reduction, dtype or autocast_dtype(*tensors[:2]), *rest
 
 
-def _needs_reference(tensors: _autograd.Tensors) -> bool:
-    """Whether only the plain torch functions can do it.
-
-    The kernels have no gradient by weight or pos_weight, and none for forward-mode AD. ONNX knows torch's operators,
-    not ours.
-    """
-    input, _, weight, pos_weight, _ = tensors
+def _needs_reference(input: Tensor) -> bool:
+    """Whether only the plain torch functions can do it: ours have no forward-mode AD, and ONNX does not know them."""
     if is_forward_mode() or is_exporting_to_onnx():
-        return True
-    by_weight = weight is not None and weight.requires_grad
-    by_pos_weight = pos_weight is not None and pos_weight.requires_grad
-    if (by_weight or by_pos_weight) and torch.is_grad_enabled():
         return True
     if input.device.type in _KERNEL_DEVICES:
         return False
@@ -293,11 +282,11 @@ def _warn_without_kernels(device_type: str) -> None:
     )
 
 
-def _can_overwrite(logits: Tensor, target: Tensor) -> bool:
+def _can_overwrite(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> bool:
     """Whether the gradient can lie in the memory of the logits.
 
     Raises:
-        RuntimeError: They are parameters, whose values must survive, or needed for the gradient by the target.
+        RuntimeError: They are parameters, whose values must survive, or needed for another gradient.
     """
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return False
@@ -307,10 +296,11 @@ def _can_overwrite(logits: Tensor, target: Tensor) -> bool:
             "inplace=True would overwrite a leaf tensor that requires grad, or a view of one, with its gradient: pass "
             "the output of a layer, or use inplace=False"
         )
-    if target.requires_grad:
-        raise RuntimeError(
-            "inplace=True has no gradient by target: it overwrites the logits, which that needs. Use inplace=False"
-        )
+    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"inplace=True has no gradient by {name}: it overwrites the logits, which that needs. Use inplace=False"
+            )
     if type(logits) is not Tensor or logits.is_meta or logits.is_neg():
         return False
     # autograd cannot record that a view is overwritten by a function with two outputs

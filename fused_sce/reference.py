@@ -5,6 +5,9 @@
 it. It is right in both tails too (each sigmoid is evaluated by itself, never as a difference from 1), but takes a
 dozen kernels and as many temporaries.
 
+`gradients` are the derivatives written out, right for infinite arguments too, where automatic differentiation of the
+loss adds up terms and gives inf - inf.
+
 Shapes: input and target (any shape, the same for both); weight and pos_weight broadcast to it; count has one element.
 """
 
@@ -54,12 +57,7 @@ def sigmoid_cross_entropy(
     """
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
     w, p = _factor(weight, x), _factor(pos_weight, x)
-    x, _, _, slope, other = _parts(x, t, w, p)
-    size, log1p_e = _size_and_log1p(x)
-    if other is None:
-        loss = _product(slope, size) + log1p_e
-    else:
-        loss = _product(slope, size + log1p_e) + _product(other, log1p_e)
+    loss = _without_weight(*_parts(x, t, w, p))
     if w is not None:
         loss = _product(w, loss)
     # Not summed in float32, where the sum overflows before the mean.
@@ -84,35 +82,48 @@ def gradients(
     divisor: int,
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients by input and target, as far as they are wanted; differentiable, for second derivatives.
+) -> tuple[Tensor | None, ...]:
+    """The gradients by input, target, weight and pos_weight, as far as they are wanted.
 
-    `grad_output` is the gradient of the loss, as it broadcasts to the input's shape. By the target it is
-    `(1 - s) (pos_weight softplus(-x) - softplus(x))`. The other arguments are those of `sigmoid_cross_entropy`.
+    They are differentiable, for second derivatives. What a factor of 0 leaves out adds nothing to any of them.
+    `grad_output` is the gradient of the loss, as it broadcasts to the input's shape; the arguments after it are those
+    of `sigmoid_cross_entropy`.
     """
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
     w, p = _factor(weight, x), _factor(pos_weight, x)
+    upstream = grad_output.to(x.dtype)
+    of_loss = _divided(upstream if w is None else _product_of_factors(upstream, w), divisor, count)
+    by_input = by_target = by_weight = by_pos_weight = None
+    if wanted[2]:
+        assert weight is not None
+        assert w is not None
+        by_w = _left_out(_without_weight(*_parts(x, t, None, p)), w == 0)
+        by_weight = _summed_to(_product(_divided(upstream, divisor, count), by_w), weight)
+    given = x
     x, t, is_negative, slope, other = _parts(x, t, w, p)
     size, log1p_e = _size_and_log1p(x)
-    upstream = grad_output.to(x.dtype)
-    if w is not None:
-        upstream = _product_of_factors(upstream, w)
-    upstream = _divided(upstream, divisor, count)
-    by_input = by_target = None
     if wanted[0]:
         e = torch.exp(-size)
         smaller = e / (1 + e)
         by_size = slope - smaller if other is None else _product(slope, 1 - smaller) - _product(other, smaller)
-        by_input = _product(upstream, torch.where(is_negative, -by_size, by_size)).to(input.dtype)
+        by_input = _product(of_loss, torch.where(is_negative, -by_size, by_size)).to(input.dtype)
+    # What multiplies pos_weight t and 1 - t, 0 where that left out the logit.
+    is_left_out = torch.isfinite(x) & ~torch.isfinite(given)
+    positive_part = torch.where(is_negative, size + log1p_e, log1p_e).masked_fill(is_left_out, 0)
+    negative_part = torch.where(is_negative, log1p_e, size + log1p_e).masked_fill(is_left_out, 0)
     if wanted[1]:
-        if p is None or other is None:
-            by_t = -_left_out(x, slope == 0)
+        if p is None:
+            by_t = _left_out(-x, (slope == 0) & ~torch.isnan(x))
         else:
-            by_slope, by_other = _left_out(size + log1p_e, slope == 0), _left_out(log1p_e, other == 0)
-            by_positive = torch.where(is_negative, by_slope, by_other)
-            by_t = _left_out(p, t == 0) * by_positive - torch.where(is_negative, by_other, by_slope)
-        by_target = _product(upstream, (1 - label_smoothing) * by_t).to(target.dtype)
-    return by_input, by_target
+            by_t = _left_out(_product(p, positive_part), t == 0) - _left_out(negative_part, t == 1)
+        kept = 1 - label_smoothing
+        by_target = (_product(of_loss, kept * by_t) if kept else torch.zeros_like(by_t)).to(target.dtype)
+    if wanted[3]:
+        assert pos_weight is not None
+        assert p is not None
+        by_p = _left_out(_product(t, positive_part), p == 0)
+        by_pos_weight = _summed_to(_product(of_loss, by_p), pos_weight)
+    return by_input, by_target, by_weight, by_pos_weight
 
 
 def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -> tuple[Tensor, Tensor]:
@@ -133,6 +144,11 @@ def _factor(factor: Tensor | None, x: Tensor) -> Tensor | None:
 def _divided(value: Tensor, divisor: int, count: Tensor | None) -> Tensor:
     value = value / divisor
     return value if count is None else value / count.reshape(()).clamp(min=1)
+
+
+def _summed_to(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a factor that was broadcast."""
+    return gradient.sum_to_size(factor.shape).to(factor.dtype)
 
 
 def _left_out(value: Tensor, condition: Tensor) -> Tensor:
@@ -172,6 +188,14 @@ def _parts(
     slope = torch.where(is_negative, positive, 1 - t)
     other = torch.where(is_negative, 1 - t, positive)
     return _left_out(x, (slope == 0) & (other == 0)), t, is_negative, slope, other
+
+
+def _without_weight(x: Tensor, t: Tensor, is_negative: Tensor, slope: Tensor, other: Tensor | None) -> Tensor:
+    """The loss of each element from its parts, without weight."""
+    size, log1p_e = _size_and_log1p(x)
+    if other is None:
+        return _product(slope, size) + log1p_e
+    return _product(slope, size + log1p_e) + _product(other, log1p_e)
 
 
 def _size_and_log1p(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,10 @@ def test_what_cannot_be_overwritten() -> None:
         with pytest.raises(RuntimeError, match="would overwrite a leaf tensor that requires grad"):
             loss_of(logits, torch.rand(logits.shape), "mean", inplace=True)
     with pytest.raises(RuntimeError, match="no gradient by target"):
-        loss_of(leaf * 1, t.requires_grad_(), "mean", inplace=True)
+        loss_of(leaf * 1, t.clone().requires_grad_(), "mean", inplace=True)
+    for name in ("weight", "pos_weight"):
+        with pytest.raises(RuntimeError, match=f"no gradient by {name}"):
+            F.sigmoid_cross_entropy(leaf * 1, t, **{name: torch.rand(5, requires_grad=True)}, inplace=True)
     assert torch.equal(leaf, before)
 
 

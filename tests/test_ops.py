@@ -291,11 +291,20 @@ def test_a_misspelt_option_is_named() -> None:
         F.binary_cross_entropy_with_logits(torch.randn(3), torch.rand(3), reductin="sum")
 
 
-def test_direct_call_refuses_a_weight_that_wants_a_gradient() -> None:
-    x, weight = torch.randn(3, requires_grad=True), torch.rand(3, requires_grad=True)
-    for input in (x, x.detach()):
-        with pytest.raises(RuntimeError, match="no gradient by weight"):
-            ops.sigmoid_cross_entropy(input, x.detach(), weight)
+@pytest.mark.parametrize("wanted", ["weight", "pos_weight"])
+def test_direct_call_has_gradients_of_weights(wanted: str) -> None:
+    x, t = torch.randn(5, 3), torch.rand(5, 3)
+    factors = {"weight": torch.rand(3), "pos_weight": torch.rand(3)}
+    factors[wanted].requires_grad_()
+    loss = ops.sigmoid_cross_entropy(x, t, *factors.values(), reduction="sum")
+    plain = (
+        factors["weight"]
+        * (
+            -(1 - t) * torch.nn.functional.logsigmoid(-x)
+            - factors["pos_weight"] * t * torch.nn.functional.logsigmoid(x)
+        )
+    ).sum()
+    torch.testing.assert_close(*(torch.autograd.grad(each, factors[wanted])[0] for each in (loss, plain)))
 
 
 def test_direct_call_is_checked_too() -> None:

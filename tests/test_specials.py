@@ -33,31 +33,47 @@ def product(factor: Array, value: Array) -> Array:
     return np.where(factor == 0, 0, factor * value)
 
 
+def product_of_factors(a: Array, b: Array) -> Array:
+    return np.where((a == 0) | (b == 0), 0, a * b)
+
+
+def left_out(condition: Array, value: Array) -> Array:
+    """The value, 0 where a factor of 0 leaves out an infinity or NaN."""
+    return np.where(condition & ~np.isfinite(value), 0, value)
+
+
 def expected(
     x: Array, t: Array, weight: Array | None, pos_weight: Array | None, upstream: Array
-) -> tuple[Array, Array, Array]:
-    """Loss, gradient and the size of the loss's terms, in the dtype of the arguments, which decides what overflows."""
+) -> tuple[Array, dict[str, Array], Array]:
+    """Loss, gradients and the size of the loss's terms, in the dtype of the arguments, which decides what overflows."""
     size = np.abs(x)
     log = np.log1p(np.exp(-size))
     smaller = np.exp(-size) / (1 + np.exp(-size))
     is_negative = np.signbit(x)
+    of_positive, of_negative = np.where(is_negative, size + log, log), np.where(is_negative, log, size + log)
+    gradients = {}
     if pos_weight is None:
         slope = np.where(is_negative, t, 1 - t)
         loss, gradient = product(slope, size) + log, slope - smaller
         terms = np.abs(loss)
+        gradients["target"] = np.where(np.isinf(x) & (slope == 0), 0, -x)
     else:
-        positive = np.where((pos_weight == 0) | (t == 0), 0, pos_weight * t)
+        positive = product_of_factors(pos_weight, t)
         slope, other = np.where(is_negative, positive, 1 - t), np.where(is_negative, 1 - t, positive)
         loss = product(slope, size + log) + product(other, log)
         terms = np.abs(product(slope, size + log)) + np.abs(product(other, log))
         gradient = product(slope, 1 - smaller) - product(other, smaller)
+        gradients["target"] = left_out(t == 0, product(pos_weight, of_positive)) - left_out(t == 1, of_negative)
+        gradients["pos_weight"] = left_out(pos_weight == 0, product(t, of_positive))
         # Only the sum of the terms is known, to a rounding: times an infinite weight anything.
         terms = np.where(np.abs(loss) <= 4 * np.finfo(loss.dtype).eps * terms, np.inf, terms)
-    factor = upstream
+    gradients["input"] = np.where(is_negative, -gradient, gradient)
+    factor = upstream if weight is None else product_of_factors(weight, upstream)
+    gradients = {name: product(factor, each) for name, each in gradients.items()}
     if weight is not None:
+        gradients["weight"] = product(upstream, left_out(weight == 0, loss))
         loss, terms = product(weight, loss), product(np.abs(weight), terms)
-        factor = np.where((weight == 0) | (upstream == 0), 0, weight * upstream)
-    return loss, product(factor, np.where(is_negative, -gradient, gradient)), terms
+    return loss, gradients, terms
 
 
 def assert_agrees(ours: Tensor, right: Array, arguments: dict[str, Tensor], terms: Array | None = None) -> None:
@@ -84,7 +100,7 @@ def test_kernel_and_reference_agree_on_every_combination(
     arguments = {name: torch.tensor(column, dtype=dtype) for name, column in zip(names, columns, strict=True)}
     with np.errstate(all="ignore"):
         given = {"weight": None, "pos_weight": None} | {name: tensor.numpy() for name, tensor in arguments.items()}
-        loss, gradient, terms = expected(
+        loss, gradients, terms = expected(
             *(given[name] for name in ("input", "target", "weight", "pos_weight", "upstream"))
         )
     x, t, upstream = arguments["input"].clone().requires_grad_(), arguments["target"], arguments["upstream"]
@@ -92,9 +108,7 @@ def test_kernel_and_reference_agree_on_every_combination(
 
     ours = F.sigmoid_cross_entropy(x, t, **factors, reduction="none")
     assert_agrees(ours.detach(), loss, arguments, terms)
-    assert_agrees(torch.autograd.grad(ours, x, upstream, retain_graph=True)[0], gradient, arguments)
-    (with_graph,) = torch.autograd.grad(ours, x, upstream, create_graph=True)
-    assert_agrees(with_graph.detach(), gradient, arguments)
+    assert_agrees(torch.autograd.grad(ours, x, upstream, retain_graph=True)[0], gradients["input"], arguments)
     plain = reference.sigmoid_cross_entropy(x, t, **factors)
     assert_agrees(plain.detach(), loss, arguments, terms)
     # One upstream value for each call is a factor of the whole gradient.
@@ -105,29 +119,41 @@ def test_kernel_and_reference_agree_on_every_combination(
         (by_element,) = torch.autograd.grad(ours, x, everywhere, retain_graph=True)
         assert_agrees(by_factor, by_element.numpy(), arguments)
 
+    # Gradients of all arguments at once, by the kernel and by the reference.
+    leaves = {name: arguments[name].clone().requires_grad_() for name in names[:-1]}
+    x, t = leaves["input"], leaves["target"]
+    factors = {name: leaves[name] for name in factors}
+    ours = F.sigmoid_cross_entropy(x, t, **factors, reduction="none")
+    assert_agrees(ours.detach(), loss, arguments, terms)
+    for create_graph in (False, True):
+        found = torch.autograd.grad(ours, list(leaves.values()), upstream, retain_graph=True, create_graph=create_graph)
+        for name, gradient in zip(leaves, found, strict=True):
+            cancelling = terms if name == "weight" else None
+            assert_agrees(gradient.detach(), gradients[name], arguments, cancelling)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["input", "target", "weight", "pos_weight"])
-def test_gradients_of_the_reference_agree(dtype: torch.dtype, name: str) -> None:
-    # The kernels' Function and automatic differentiation of the reference, which makes the gradients of weights, too.
-    columns = zip(*itertools.product(specials(dtype), repeat=4), strict=True)
-    tensors = [torch.tensor(column, dtype=dtype) for column in columns]
-    wanted = ["input", "target", "weight", "pos_weight"].index(name)
-    tensors[wanted].requires_grad_()
-    ours = F.sigmoid_cross_entropy(*tensors[:2], weight=tensors[2], pos_weight=tensors[3], reduction="none")
-    plain = reference.sigmoid_cross_entropy(*tensors)
-    gradients = [torch.autograd.grad(loss.sum(), tensors[wanted])[0] for loss in (ours, plain)]
-    if wanted < 2:
-        # Automatic differentiation adds up terms, which infinite factors make inf - inf.
-        finite = torch.stack([tensor.detach().abs() < 1e30 for tensor in tensors[1:]]).all(0)
-        torch.testing.assert_close(gradients[0][finite], gradients[1][finite], equal_nan=True)
-    x, t, weight, _ = (tensor.detach() for tensor in tensors)
-    if name == "weight":
-        left_out = ((weight == 0) & ~ours.isfinite()).detach() | ((weight == 0) & ~x.isfinite())
-        assert (gradients[0][left_out & t.isfinite()].isfinite()).all()
-    if name == "pos_weight":
-        assert (gradients[0][(t == 0) & weight.isfinite() & ~x.isnan()] == 0).all()
-        assert (gradients[0][weight == 0] == 0).all()
+def test_gradients_of_a_constant_target_are_0(dtype: torch.dtype) -> None:
+    x = torch.tensor([INF, -INF, NAN, 3.0, 0.0], dtype=dtype)
+    t = torch.tensor([0.5, INF, 1.0, NAN, 0.0], dtype=dtype, requires_grad=True)
+    loss = F.sigmoid_cross_entropy(x, t, label_smoothing=1.0, reduction="none")
+    (gradient,) = torch.autograd.grad(loss, t, torch.ones_like(loss))
+    assert (gradient == 0).all()
+
+
+def test_automatic_differentiation_of_the_reference_agrees() -> None:
+    # Under torch.func. It adds up terms, which infinite factors make inf - inf: compared for finite ones.
+    values = [value for value in specials(torch.float64) if abs(value) < 1e300]
+    columns = zip(*itertools.product(values, repeat=4), strict=True)
+    tensors = [torch.tensor(column, dtype=torch.float64) for column in columns]
+
+    def loss(x: Tensor, t: Tensor, weight: Tensor, pos_weight: Tensor) -> Tensor:
+        return F.sigmoid_cross_entropy(x, t, weight=weight, pos_weight=pos_weight, reduction="sum")
+
+    by_func = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*tensors)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    for one, other in zip(by_func, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sum_classes"])
@@ -155,6 +181,19 @@ def test_an_upstream_factor_of_0_leaves_out_nan(device: str, dtype: torch.dtype,
     loss = F.sigmoid_cross_entropy(x * 1, torch.ones_like(x), reduction="sum", inplace=inplace)
     (gradient,) = torch.autograd.grad(loss, x, torch.zeros_like(loss))
     assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("factor", [INF, -INF, NAN])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_of_0_leaves_out_infinite_factors(
+    device: str, dtype: torch.dtype, inplace: bool, factor: float
+) -> None:
+    x = torch.zeros(3, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.tensor([0.0, 1.0, 0.0], device=device, dtype=dtype)
+    loss = F.sigmoid_cross_entropy(x * 1, torch.ones_like(x), weight=weight, reduction="sum", inplace=inplace)
+    (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, factor))
+    torch.testing.assert_close(gradient, gradient.new_tensor([0.0, -factor, 0.0]), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
