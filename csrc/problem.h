@@ -47,12 +47,12 @@ struct Problem {
   Operand weight;      // of the type computed in
   Operand pos_weight;  // of the type computed in
   Operand upstream;    // of the type computed in, or of that of the logits
-  Operand factor;      // the same as a single value, where the kernel runs
+  Operand factor;      // grad_output where it is one value, instead of `upstream`; where the kernel runs
   Options options;
   const int64_t* count = nullptr;  // where the kernel runs: divides as well, at least 1; null: absent
 
   bool in_double = false;  // computed in double instead of float
-  bool is_made = false;    // `gradient` is that for a factor of 1 already
+  bool is_made = false;    // `gradient` is that for a factor of 1 already; then there is no `upstream`
   Result loss;
   Result gradient;
 };
@@ -65,24 +65,31 @@ FUSED_SCE_INLINE double divisor_of(const Problem& problem) {
 }
 
 // factor / divisor in two parts: scaled(g, ...) is g * factor / divisor within 1 ULP, for two instructions and no
-// division, as long as factor / divisor is a normal number. Both parts have the same sign and the lower one is never 0,
-// so that an infinite g stays infinite.
+// division, as long as factor / divisor is a normal number. Then both parts have the same sign and neither is 0, so
+// that an infinite g stays infinite. Of a smaller quotient the upper part may be 0, but only a factor of 0 makes both
+// 0.
 template <class T>
 FUSED_SCE_INLINE TwoPart<T> quotient_in_parts(double factor, double divisor) {
   using Bits = typename Constants<T>::Bits;
-  constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
-  T upper = T(factor / divisor);
-  if (upper == T(0) || !(upper - upper == T(0))) return {upper, upper};  // 0, infinite or NaN
+  const double quotient = factor / divisor;
+  T upper = T(quotient);
+  if (factor == 0.0 || !(upper - upper == T(0))) return {upper, upper};  // 0, infinite or NaN
   // What the upper part leaves is (factor - upper d) / d. Once per problem, so a software fma is good enough.
   double rest = std::fma(-double(upper), divisor, factor) / divisor;
-  if (rest != 0.0 && (rest < 0.0) != (upper < T(0))) {  // rounded away from 0: take its neighbour
+  if (upper != T(0) && rest != 0.0 && (rest < 0.0) != (upper < T(0))) {  // rounded away from 0: take its neighbour
     upper = bit_cast<T>(Bits(bit_cast<Bits>(upper) - 1));
     rest = std::fma(-double(upper), divisor, factor) / divisor;
   }
   T lower = T(rest);
-  if (lower == T(0)) lower = upper * T(0x1p-60);                                      // too little to change a rounding
-  if (lower == T(0)) lower = bit_cast<T>(Bits((bit_cast<Bits>(upper) & kSign) | 1));  // the smallest number
+  if (lower == T(0)) lower = upper * T(0x1p-60);  // too little to change a rounding
+  if (lower == T(0)) lower = std::copysign(bit_cast<T>(Bits(1)), T(quotient));
   return {upper, lower};
+}
+
+// Whether it comes from a factor of 0, which leaves out what it multiplies.
+template <class T>
+FUSED_SCE_INLINE bool is_zero_scale(TwoPart<T> scale) {
+  return scale.lower == T(0);
 }
 
 FUSED_SCE_INLINE double factor_of(const Problem& problem) {
@@ -92,7 +99,7 @@ FUSED_SCE_INLINE double factor_of(const Problem& problem) {
       factor.dtype, [&](auto tag) { return load_as<double>(*static_cast<const decltype(tag)*>(factor.data)); });
 }
 
-// Whether nothing is left to do.
+// Whether nothing is left to do: the gradient is made, and its factor is 1.
 FUSED_SCE_INLINE bool is_done(const Problem& problem) { return problem.is_made && factor_of(problem) == 1.0; }
 
 // What multiplies the gradient of each element, where `factor` and `count` can be read.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_sce import _library as _library  # registers the ops
 from fused_sce import reference
-from fused_sce._torch_private import below_autograd, direct_call, has_memory, is_transforming
+from fused_sce._torch_private import below_autograd, direct_call, has_memory, is_batched, is_transforming
 
 _ops = torch.ops.fused_sce
 _loss = _ops.sigmoid_cross_entropy.default
@@ -141,6 +141,7 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
         """The loss, and the overwritten logits: whoever uses these from now on sends a gradient to that output."""
         ctx.options = options
         ctx.gradient, ctx.is_spent = None, False
+        ctx.version = input._version + 1  # which mark_dirty adds
         ctx.set_materialize_grads(False)
         if not _makes_gradient(ctx, input, options):
             ctx.save_for_backward(input, target, *factors)
@@ -165,15 +166,22 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
                 "inplace=True has no second derivative (create_graph=True): the gradient overwrites the logits. "
                 "Use inplace=False"
             )
-        tensors = ctx.saved_tensors  # once: a checkpoint recomputes them for one reading
+        if is_batched(grad_output):
+            raise RuntimeError("inplace=True has no batched gradients (is_grads_batched=True). Use inplace=False")
         if ctx.is_spent:
             raise RuntimeError(
                 "inplace=True allows one backward pass: the gradient overwrote the logits and was given away. "
                 "Use inplace=False"
             )
+        tensors = ctx.saved_tensors  # once: a checkpoint recomputes them for one reading
         ctx.is_spent = True
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
+            if gradient._version != ctx.version:
+                raise RuntimeError(
+                    "The logits were changed after a loss with inplace=True had overwritten them with their gradient, "
+                    "by an operation in place, perhaps on an alias (detach()). Use inplace=False"
+                )
             return _scaled(gradient, grad_output), None, None, None
         gradient = tensors[0].detach()
         _backward_out(grad_output, *tensors, *ctx.options, gradient=gradient)
@@ -196,10 +204,11 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient that overwrote its logits times an upstream factor, in place."""
     if gradient.is_cuda:
         _scale_(gradient, factor)
+        torch.autograd.graph.increment_version(gradient)
         return gradient
     value = factor.item()
     if value == 0.0:
         return gradient.zero_()  # whatever it was
     if not math.isfinite(value):
-        return gradient.copy_(torch.where(gradient == 0, 0, gradient * factor))  # what a weight of 0 left out stays 0
+        return gradient.copy_(torch.where(gradient == 0, 0, gradient * factor))  # a weight of 0 may have left it out
     return gradient if value == 1.0 else gradient.mul_(factor)

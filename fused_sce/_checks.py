@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sce import _sharding
-from fused_sce._torch_private import allows_implicit_replication, has_memory, unwrapped
+from fused_sce._torch_private import allows_implicit_replication, has_memory, is_tracing, unwrapped
 
 # What the kernels read (DType in csrc/dtypes.h).
 _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -67,6 +67,8 @@ def check_labels(target: Tensor) -> None:
     """
     target = unwrapped(target)
     if target.is_floating_point() or target.dtype is torch.bool or not has_memory(target) or target.is_meta:
+        return
+    if is_tracing():
         return
     wrong = (target != 0) & (target != 1)
     if target.is_cuda:
@@ -135,7 +137,8 @@ def view_hint(name: str, factor: Tensor, input: Tensor) -> str:
     """
     fitting = [dim for dim, size in enumerate(input.shape) if size == factor.numel()]
     if len(fitting) != 1 or factor.numel() not in factor.shape:
-        return ""
+        is_usual = name == "pos_weight" and input.dim() == 2
+        return f": it usually has one value for each label, shape {tuple(input.shape[1:])}" if is_usual else ""
     shape = ", ".join(["-1", *["1"] * (input.dim() - fitting[0] - 1)])
     return f": to apply its {factor.numel()} values along dimension {fitting[0]} pass {name}.view({shape})"
 

@@ -19,7 +19,8 @@ __all__ = ["patch_torch", "unpatch_torch"]
 # The code of these two becomes that of torch's functions of the same names, so their parameters are torch's, in torch's
 # order; the defaults stay torch's. It runs with the globals of torch.nn.functional: of these it uses those that torch's
 # own code uses, and the function's name is torch's function there.
-# Overrides are asked as torch asks them. Not by the compiler, which would ask for ever: it does so at the op.
+# They ask overrides as torch's functions do. Code that is being compiled asks at the op instead: here it would ask
+# without end.
 
 
 def binary_cross_entropy_with_logits(
@@ -130,11 +131,13 @@ class _Patch:
     """What `patch_torch` returns."""
 
     def __init__(self) -> None:
+        self.calls = 0  # of patch_torch() that belong to no block
         self.blocks = 0  # `with` blocks that have not ended
 
     def __enter__(self) -> None:
         with _lock:
             _patch()
+            self.calls = max(self.calls - 1, 0)
             self.blocks += 1
 
     def __exit__(
@@ -142,7 +145,7 @@ class _Patch:
     ) -> None:
         with _lock:
             self.blocks -= 1
-            if self.blocks or not _originals:
+            if self.blocks or self.calls or not _originals:
                 return
             try:
                 _unpatch()
@@ -174,14 +177,16 @@ def patch_torch() -> _Patch:
 
     Returns:
         A context manager, the same one each time. Its block can be entered again, which patches again. If blocks
-        overlap, in one another or in several threads, the last to end undoes the patch. The end of a block may raise
-        what `unpatch_torch` raises, but never in place of an exception that ends it.
+        overlap, in one another or in several threads, the last to end undoes the patch, unless it was in place before
+        the first. The end of a block may raise what `unpatch_torch` raises, but never in place of an exception that
+        ends it.
 
     Raises:
         RuntimeError: Torch's functions are not those that fused_sce knows.
     """
     with _lock:
         _patch()
+        _context.calls += 1
     return _context
 
 
@@ -196,3 +201,4 @@ def unpatch_torch() -> None:
         if not _originals:
             raise RuntimeError("unpatch_torch(): torch is not patched; patch_torch() was not called, or undone already")
         _unpatch()
+        _context.calls = 0

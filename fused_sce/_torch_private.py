@@ -1,6 +1,7 @@
-"""Every private name of torch that this package uses, so that a new torch breaks one file.
+"""The private functions of torch that this package calls, so that a new torch breaks one file.
 
-Each is named with what it is for; the public way is taken wherever there is one (torch 2.11 to 2.15).
+Each is named with what it is for; the public way is taken wherever there is one (torch 2.11 to 2.15). Private
+attributes that are as good as public, `Tensor._base` for example, stand where they are used.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def is_differentiating() -> bool:
     )
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap batches the tensor, that of `torch.func` or that of `is_grads_batched`."""
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read now: no subclass, not batched by vmap, not traced."""
     return (
@@ -73,11 +79,7 @@ def has_memory(tensor: Tensor) -> bool:
 def is_plain_eager() -> bool:
     """Whether no transform, trace, autocast, forward-mode AD or export looks at the call."""
     return not (
-        is_transforming()
-        or is_tracing()
-        or is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
-        or is_exporting_to_onnx()
+        is_transforming() or is_tracing() or is_any_autocast_enabled() or is_forward_mode() or is_exporting_to_onnx()
     )
 
 

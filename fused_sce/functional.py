@@ -131,8 +131,8 @@ def sigmoid_cross_entropy(
         inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Read them (for
             metrics, say) before the loss: afterwards they hold the gradient. A backward pass through another use of
             them, before or after the loss, `backward` for a second time, `create_graph=True` and a gradient by another
-            argument are errors. Views, logits that are not contiguous, tensor subclasses and DTensors, compiled
-            programs and transforms of `torch.func` are treated as with False.
+            argument are errors. Views, logits that are not contiguous or retain their gradient, tensor subclasses and
+            DTensors, compiled programs and transforms of `torch.func` are treated as with False.
 
     Returns:
         The loss: a scalar, or of the input's shape for "none". Its dtype is the target's if that is floating point,
@@ -301,7 +301,7 @@ def _can_overwrite(logits: Tensor, target: Tensor, weight: Tensor | None, pos_we
             raise RuntimeError(
                 f"inplace=True has no gradient by {name}: it overwrites the logits, which that needs. Use inplace=False"
             )
-    if type(logits) is not Tensor or logits.is_meta or logits.is_neg():
+    if type(logits) is not Tensor or logits.is_meta or logits.is_neg() or logits.retains_grad:
         return False
     # autograd cannot record that a view is overwritten by a function with two outputs
     return logits._base is None and logits.is_contiguous()

@@ -36,8 +36,9 @@ def sigmoid_cross_entropy(
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
 ) -> Tensor:
-    """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`, with `softplus(x) = log1p(exp(x))`.
+    """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`.
 
+    `softplus(x) = max(x, 0) + log1p(exp(-|x|))`.
     A factor of 0 leaves out what it multiplies, infinities and NaN included, also from derivatives.
 
     Args:

@@ -161,6 +161,11 @@ def test_no_view_is_named_where_none_or_many_fit(logits: tuple[int, ...], factor
         F.sigmoid_cross_entropy(torch.randn(logits), torch.rand(logits), weight=torch.rand(factor))
 
 
+def test_a_pos_weight_of_too_few_labels() -> None:
+    with pytest.raises(RuntimeError, match=r"it usually has one value for each label, shape \(7,\)$"):
+        F.sigmoid_cross_entropy(torch.randn(5, 7), torch.rand(5, 7), pos_weight=torch.rand(4))
+
+
 @pytest.mark.parametrize("name", ["target", "weight"])
 def test_tensors_on_different_devices(function: Callable[..., Tensor], name: str) -> None:
     arguments = {"target": torch.rand(3, 4), "weight": torch.rand(4)}

@@ -128,8 +128,34 @@ def test_one_backward_pass_without_a_graph() -> None:
     logits = torch.randn(4, 5).requires_grad_() * 1
     value = loss_of(logits, t, "none", inplace=True).sum()
     value.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="allows one backward pass"):
         value.backward()
+
+
+def test_batched_gradients_are_refused() -> None:
+    leaf = torch.randn(4, 5).requires_grad_()
+    value = loss_of(leaf * 1, torch.rand(4, 5), "mean", inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=True has no batched gradients"):
+        torch.autograd.grad(value, leaf, torch.ones(3), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("change", [lambda z: z.detach().sigmoid_(), lambda z: z.detach().view(-1)[:2].zero_()])
+def test_changing_the_gradient_in_the_logits_fails_loudly(change: Callable[[Tensor], Tensor]) -> None:
+    logits = torch.randn(4, 5).requires_grad_() * 1
+    value = loss_of(logits, torch.rand(4, 5), "mean", inplace=True)
+    change(logits)
+    with pytest.raises(RuntimeError, match="logits were changed after a loss with inplace=True"):
+        value.backward()
+
+
+def test_logits_that_retain_their_gradient_are_not_overwritten() -> None:
+    leaf, t = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5)
+    logits = leaf * 1
+    logits.retain_grad()
+    loss_of(logits, t, "mean", inplace=True).backward()
+    (expected,) = torch.autograd.grad(loss_of(leaf, t, "mean", inplace=False), leaf)
+    assert torch.equal(logits, leaf)
+    torch.testing.assert_close(logits.grad, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

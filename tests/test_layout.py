@@ -94,3 +94,16 @@ def test_a_transposed_target_is_gathered_by_tiles() -> None:
     x, t = torch.randn(8000, 8000), torch.zeros(8000, 8000, dtype=torch.int8)
     straight = fastest(lambda: F.binary_cross_entropy_with_logits(x, t))
     assert fastest(lambda: F.binary_cross_entropy_with_logits(x, t.t())) < 5 * straight
+
+
+def test_logits_that_come_back_in_another_layout() -> None:
+    # as torch.autograd.graph.save_on_cpu(pin_memory=True) brings them
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    t = torch.rand(2, 3, 4, 5)
+    gradients = []
+    for pack in (lambda saved: saved, lambda saved: torch.empty(saved.size(), dtype=saved.dtype).copy_(saved)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+            loss = F.sigmoid_cross_entropy(x, t)
+        gradients.append(torch.autograd.grad(3 * loss, x)[0])
+    assert torch.equal(*gradients)
+    assert gradients[1].stride() == x.stride()

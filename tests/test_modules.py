@@ -230,3 +230,28 @@ def test_sigmoid_cross_entropy_loss() -> None:
         assert torch.equal(twin(x, t), loss(x, t))
     with pytest.raises(ValueError, match="average is not a valid value for reduction"):
         fused_sce.SigmoidCrossEntropyLoss(reduction="average")
+
+
+@pytest.mark.parametrize("loss", [fused_sce.BCEWithLogitsLoss, fused_sce.SigmoidCrossEntropyLoss])
+def test_learnable_weights_stay_parameters(loss: Any) -> None:
+    model = nn.Module()
+    model.pos_weight = nn.Parameter(torch.ones(5))
+    model.criterion = loss(pos_weight=model.pos_weight, weight=torch.rand(5))
+    model.double()  # as .cuda()
+    assert list(model.criterion.state_dict()) == ["pos_weight", "weight"]
+    assert [id(each) for each in model.parameters()] == [id(model.criterion.pos_weight)]
+    x, t = torch.randn(7, 5).double(), torch.rand(7, 5).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    values = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        value = model.criterion(x, t)
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[0] > values[1] > values[2]
+
+
+def test_a_weight_that_is_no_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match="pos_weight must be a tensor, got float"):
+        fused_sce.SigmoidCrossEntropyLoss(pos_weight=2.0)  # type: ignore[arg-type]

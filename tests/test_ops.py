@@ -78,8 +78,8 @@ def test_gradient_in_given_memory(device: str, dtype: torch.dtype, in_place: boo
 @pytest.mark.parametrize(
     ("gradient", "message"),
     [
-        (torch.empty(9, 6), r"of input's shape \[6, 9\], got shape \[9, 6\]"),
-        (torch.empty(9, 6).t(), "gradient must be contiguous"),
+        (torch.empty(9, 6), r"of input's shape \[6, 9\] .*, got shape \[9, 6\]"),
+        (torch.empty(6, 18)[:, ::2], r"without gaps in memory, got shape \[6, 9\] and strides \[18, 2\]"),
         (torch.empty(6, 9).double(), "input's dtype Float, got Double"),
     ],
 )
@@ -87,6 +87,33 @@ def test_memory_that_does_not_fit(gradient: Tensor, message: str) -> None:
     arguments = (*tensors("cpu", torch.float32, weighted=False), "sum")
     with pytest.raises(RuntimeError, match=message):
         ops._sigmoid_cross_entropy_forward_out(*arguments, gradient=gradient)
+
+
+def test_a_gradient_may_have_another_layout() -> None:
+    x, t, *_ = tensors("cpu", torch.float32, weighted=False)
+    gradient = torch.empty(9, 6).t()
+    ops._sigmoid_cross_entropy_forward_out(x, t, reduction="sum", gradient=gradient)
+    upstream = torch.tensor(3.0)
+    expected = ops._sigmoid_cross_entropy_backward(upstream, x, t, reduction="sum")
+    ops._sigmoid_cross_entropy_backward_out(upstream, x, t, reduction="sum", gradient=gradient, is_made=True)
+    assert torch.equal(gradient, expected)
+
+
+def test_a_gradient_that_is_made_needs_its_logits_and_one_factor() -> None:
+    x, t, *_ = tensors("cpu", torch.float32, weighted=False)
+    for upstream, gradient in ((torch.tensor(2.0), x), (torch.rand(6, 9), torch.empty_like(x))):
+        with pytest.raises(RuntimeError, match="is_made needs a gradient apart from input, and one grad_output"):
+            ops._sigmoid_cross_entropy_backward_out(upstream, x, t, gradient=gradient, is_made=True)
+
+
+def test_a_failed_call_keeps_no_tensor() -> None:
+    x, t, *_ = tensors("cpu", torch.float32, weighted=False)
+    gradient = torch.empty_like(x)
+    before = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="the sum alone"):
+            ops._sigmoid_cross_entropy_forward_out(x, t, reduction="none", gradient=gradient)
+    assert torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) == before
 
 
 def test_gradient_may_not_overlap_the_arguments() -> None:

@@ -154,6 +154,19 @@ def test_entering_again() -> None:
         assert not is_patched()
 
 
+def test_a_block_leaves_the_state_that_it_found() -> None:
+    fused_sce.patch_torch()
+    for _ in range(2):
+        with fused_sce.patch_torch():
+            assert is_patched()
+        assert is_patched()
+    fused_sce.unpatch_torch()
+    assert not is_patched()
+    with fused_sce.patch_torch():
+        pass
+    assert not is_patched()
+
+
 def test_only_the_end_of_the_outermost_block_undoes_it() -> None:
     with fused_sce.patch_torch() as _, fused_sce.patch_torch():
         with fused_sce.patch_torch():

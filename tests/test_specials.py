@@ -220,6 +220,17 @@ def test_targets_outside_0_and_1(
     torch.testing.assert_close(reference.sigmoid_cross_entropy(logits, target).detach(), torch.full_like(ours, loss))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_that_becomes_0_when_divided_is_not_0(dtype: torch.dtype) -> None:
+    tiny = torch.tensor(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, dtype=dtype)
+    for sign in (1, -1):
+        x = torch.tensor([NAN, 5.0, -5.0, 0.0], dtype=dtype, requires_grad=True)
+        loss = F.sigmoid_cross_entropy(x, torch.tensor([0.0, 0, 1, 1], dtype=dtype))
+        (gradient,) = torch.autograd.grad(loss, x, sign * tiny)
+        assert gradient[0].isnan()
+        assert (gradient[1:].abs() <= tiny).all()
+
+
 # Integer targets
 
 

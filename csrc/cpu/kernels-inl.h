@@ -272,7 +272,7 @@ void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss,
   const bool direct = problem.gradient.dtype == kDTypeOf<T> && problem.gradient.data != problem.logits.data;
   T* const gradient = direct ? static_cast<T*>(problem.gradient.data) + begin : block.gradient;
   const bool has_factors = problem.weight || problem.upstream;
-  const bool is_zero = job.scale.upper == T(0);  // the gradient, see product()
+  const bool is_zero = is_zero_scale(job.scale);
 
   Work<T> work;
   work.count = count;
@@ -398,9 +398,8 @@ bool rescale(const Problem& problem, int64_t begin, int64_t end, double factor) 
   return visit_floating(problem.gradient.dtype, [&](auto tag) {
     using Stored = decltype(tag);
     using T = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-    constexpr bool kHalf = std::is_same_v<Stored, Float16>;
-    constexpr T kSmallest = sizeof(T) == 8 ? T(0x1p-1022) : kHalf ? T(0x1p-14f) : T(0x1p-126f);
-    constexpr T kLargest = sizeof(T) == 8 ? T(0x1p1023) : kHalf ? T(0x1p15f) : T(0x1p127f);
+    constexpr T kSmallest = sizeof(T) == 8 ? T(0x1p-1022) : T(0x1p-126f);
+    constexpr T kLargest = sizeof(T) == 8 ? T(0x1p1023) : T(0x1p127f);
     Stored* const values = static_cast<Stored*>(problem.gradient.data);
     typename Constants<T>::Bits inexact = 0;  // not a bool, see has_nan()
     for (int64_t i = first; i < last; ++i) {

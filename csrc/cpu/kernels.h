@@ -26,12 +26,12 @@ struct Kernels {
   // without results is checked for that alone.
   bool (*chunks)(const Problem& problem, int64_t begin, int64_t end, double* partial_sums);
 
-  // Multiplies chunks [begin, end) of problem.gradient by `factor`, a power of two. Returns whether that is exact:
-  // false where a gradient is, or becomes, 0, subnormal, infinite or NaN.
+  // Multiplies chunks [begin, end) of problem.gradient, not of float16, by a power of two. Returns whether that is
+  // exact: false where a gradient is, or becomes, 0, subnormal, infinite or NaN.
   bool (*rescale)(const Problem& problem, int64_t begin, int64_t end, double factor);
 
   // Computes rows [begin, end) of `columns` elements each. problem.loss[row] becomes the sum of the losses of that row,
-  // divided by problem.options.divisor. Returns what chunks() does.
+  // over divisor_of(problem). Returns what chunks() does.
   bool (*rows)(const Problem& problem, int64_t columns, int64_t begin, int64_t end);
 };
 

@@ -45,11 +45,11 @@ struct CpuBackend {
 #endif
   }
 
-  // Only integer targets have something to check.
   static void check_labels(const Problem& problem) {
+    if (!is_integer(problem.target.dtype)) return;
     Problem without_results = problem;
     without_results.loss = without_results.gradient = {};
-    elements(without_results, {});
+    run(without_results, 0, cpu::num_chunks(problem.numel), nullptr);
   }
 
   static void elements(const Problem& problem, const Tensor&) {
@@ -87,10 +87,13 @@ struct CpuBackend {
     int exponent = 0;
     const double factor = factor_of(problem);
     if (!problem.is_made || std::fabs(std::frexp(factor, &exponent)) != 0.5 || std::abs(exponent) > 100) return false;
+    if (problem.gradient.dtype == DType::Float16) return false;  // never made in forward
     std::atomic<bool> is_exact = true;
     const cpu::Kernels& kernels = cpu::kernels();
     torch::stable::parallel_for(0, cpu::num_chunks(problem.numel), kChunksPerThread, [&](int64_t begin, int64_t end) {
-      if (!kernels.rescale(problem, begin, end, factor)) is_exact = false;
+      for (int64_t chunk = begin; chunk < end && is_exact; ++chunk) {
+        if (!kernels.rescale(problem, chunk, chunk + 1, factor)) is_exact = false;
+      }
     });
     return is_exact;
   }
@@ -108,8 +111,8 @@ struct CpuBackend {
   static void parallel(int64_t begin, int64_t end, int64_t grain, const Action& action) {
     const cpu::Kernels& kernels = cpu::kernels();
     std::atomic<bool> only_labels = true;
-    torch::stable::parallel_for(begin, end, grain, [&](int64_t begin, int64_t end) {
-      if (!action(kernels, begin, end)) only_labels = false;
+    torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
+      if (!action(kernels, from, to)) only_labels = false;
     });
     if (!only_labels) fail("an integer target must be 0 or 1 everywhere");
   }

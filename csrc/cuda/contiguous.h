@@ -141,7 +141,7 @@ struct ContiguousLoop {
         result = compute_group<GradientFormula<Logits>>(thread, group);
       }
       FUSED_SCE_UNROLL
-      for (int k = 0; k < kGroup; ++k) result.gradient[k] = thread.scale.upper == 0 ? 0 : result.gradient[k];
+      for (int k = 0; k < kGroup; ++k) result.gradient[k] = is_zero_scale(thread.scale) ? 0 : result.gradient[k];
     } else {
       result = compute_group<Formula>(thread, group);
       typename Formula::Accumulator group_sum = 0;
@@ -186,12 +186,12 @@ struct ContiguousLoop {
       for (int k = 0; k < kGroup; ++k) {
         const T factor = upstream ? product_of_factors(thread.weight[k], upstream[k]) : thread.weight[k];
         result.loss[k] = product(thread.weight[k], result.loss[k]);
-        result.gradient[k] = scaled_product<F>(factor, thread.scale, result.gradient[k]);
+        result.gradient[k] = product_of_scaled<F>(factor, thread.scale, result.gradient[k]);
       }
     } else {
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) {
-        result.gradient[k] = upstream ? scaled_product<F>(upstream[k], thread.scale, result.gradient[k])
+        result.gradient[k] = upstream ? product_of_scaled<F>(upstream[k], thread.scale, result.gradient[k])
                                       : F::scaled(result.gradient[k], thread.scale);
       }
     }
@@ -202,7 +202,7 @@ struct ContiguousLoop {
   FUSED_SCE_INLINE double recomputed_sum(const Problem& problem, int64_t begin, int count) {
     const int last = problem.ndim - 1;
     GroupSum<Formula> sum;
-    LabelCheck labels;
+    LabelCheck labels;  // not asked again
     FUSED_SCE_NO_UNROLL
     for (int64_t i = begin; i < begin + count; ++i) {
       Element<T> element = {
@@ -220,8 +220,8 @@ struct ContiguousLoop {
   }
 };
 
-// values[i] = product(factor, values[i]) for a thread's range. For a factor of 1, the usual one, no value is read or
-// written.
+// values[i] = product_of_factors(factor, values[i]) for a thread's range: a gradient of 0 may be what a weight of 0
+// left out. For a factor of 1, the usual one, no value is read or written.
 template <class Stored>
 FUSED_SCE_INLINE void scale_values(Stored* values, const Operand& factor, ThreadRange range) {
   using T = std::conditional_t<std::is_same<Stored, double>::value, double, float>;
@@ -235,7 +235,7 @@ FUSED_SCE_INLINE void scale_values(Stored* values, const Operand& factor, Thread
     T group[kGroup];
     unpack(load_pack<Stored, kGroup>(values, i, count, wide), group);
     FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) group[k] = product(by, group[k]);
+    for (int k = 0; k < kGroup; ++k) group[k] = product_of_factors(by, group[k]);
     store_pack(values, i, count, wide, group);
   }
 }

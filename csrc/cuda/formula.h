@@ -1,7 +1,7 @@
 // Which formula a kernel computes, and how it adds up losses.
 //
-// Both formulas do the arithmetic of the CPU kernels bit for bit, except for sums over 16-bit logits and gradients
-// in 16 bits: gpu16.h has a shorter formula for these.
+// The arithmetic is that of the CPU kernels bit for bit, with two exceptions: sums over 16-bit logits and gradients in
+// 16 bits have a shorter formula (gpu16.h), and product_of_scaled() leaves out less.
 #pragma once
 
 #include <type_traits>
@@ -59,7 +59,7 @@ struct Formula16Bit {
 // As scaled_product() in floats.h, but a product of factor and scale that is too small for any number is not yet 0: to
 // leave out infinities there as well would cost registers that the kernels do not have.
 template <class Formula, class T>
-FUSED_SCE_INLINE T scaled_product(T factor, TwoPart<T> scale, T value) {
+FUSED_SCE_INLINE T product_of_scaled(T factor, TwoPart<T> scale, T value) {
   return factor == T(0) ? T(0) : Formula::scaled(factor, scale) * value;
 }
 

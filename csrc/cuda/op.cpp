@@ -75,7 +75,8 @@ struct CudaBackend {
     if (words > 0) check(cudaStreamIsCapturing(stream, &capture));
     double* workspace = nullptr;
     OptionalTensor zeros;
-    if (words > 0 && capture == cudaStreamCaptureStatusNone) {
+    // The handle cudaStreamPerThread is another stream in each thread.
+    if (words > 0 && capture == cudaStreamCaptureStatusNone && stream != cudaStreamPerThread) {
       workspace = workspace_of(total.get_device_index(), stream);
     }
     if (words > 0 && !workspace) {

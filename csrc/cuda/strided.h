@@ -48,11 +48,11 @@ FUSED_SCE_INLINE Offsets offsets_of(const Problem& problem, int64_t index) {
 template <class Formula, class T>
 FUSED_SCE_INLINE T
 times_factors(const Problem& problem, const Element<T>& element, const Offsets& at, T gradient, TwoPart<T> scale) {
-  if (scale.upper == T(0)) return T(0);
+  if (is_zero_scale(scale)) return T(0);
   if (!problem.weight && !problem.upstream) return Formula::scaled(gradient, scale);
   T factor = element.weight;
   if (problem.upstream) factor = product_of_factors(factor, load_element<T>(problem.upstream, at.upstream));
-  return scaled_product<Formula>(factor, scale, gradient);
+  return product_of_scaled<Formula>(factor, scale, gradient);
 }
 
 // Any problem. What it makes is decided at run time:

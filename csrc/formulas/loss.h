@@ -3,11 +3,11 @@
 //     loss(x, t) = (1 - t) softplus(x) + p t softplus(-x)          x: logit, t: target, p: pos_weight
 //     gradient   = (1 - t) sigmoid(x)  - p t sigmoid(-x)           d loss / d x
 //
-// A factor of 0 (1 - t, p or t) leaves out what it multiplies, infinities and NaN included.
-//
 // with softplus(x) = max(x, 0) + log1p(e), sigmoid(|x|) = 1 / (1 + e), sigmoid(-|x|) = e / (1 + e), e = exp(-|x|). The
 // exponent is never positive, so nothing overflows. Neither tail is the difference of two nearly equal numbers:
 // `sigmoid(x) - t` loses every gradient beyond |x| = 17 in float, these formulas lose none.
+//
+// A factor of 0 (1 - t, p or t) leaves out what it multiplies, infinities and NaN included.
 //
 // Error bounds in ULP (tests/test_formulas.py and tests/cpp/sweep.cpp enforce them), float and double:
 //     t in {0, 1}: loss and gradient 2 ULP for every logit. The worst of all 2^32 floats are 1.29 for the loss (1.41

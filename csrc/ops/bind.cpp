@@ -32,12 +32,14 @@ struct Operands {
   Named* end() { return each + count; }
 };
 
-// The shape of a tensor, as an error message shows it.
-std::string shape_of(const Tensor& tensor) {
-  std::string shape;
-  for (const int64_t size : tensor.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  return "[" + shape + "]";
+// Numbers, and the shape of a tensor, as an error message shows them.
+std::string list_of(IntHeaderOnlyArrayRef numbers) {
+  std::string list;
+  for (const int64_t number : numbers) list += (list.empty() ? "" : ", ") + std::to_string(number);
+  return "[" + list + "]";
 }
+
+std::string shape_of(const Tensor& tensor) { return list_of(tensor.sizes()); }
 
 // The device of a tensor, as an error message shows it.
 std::string device_of(const Tensor& tensor) {
@@ -329,8 +331,8 @@ bool check_gradient(const Arguments& arguments, const Layout& layout, const Tens
   const Tensor& input = arguments.input;
   if (!gradient.sizes().equals(input.sizes()) || !has_strides(input.sizes(), gradient.strides(), layout.strides)) {
     fail(
-        "gradient must be contiguous, or lie in memory as input does, and of input's shape ", shape_of(input),
-        ", got shape ", shape_of(gradient));
+        "gradient must be of input's shape ", shape_of(input), " without gaps in memory, got shape ",
+        shape_of(gradient), " and strides ", list_of(gradient.strides()));
   }
   if (gradient.scalar_type() != input.scalar_type()) {
     fail("gradient must have input's dtype ", input.scalar_type(), ", got ", gradient.scalar_type());

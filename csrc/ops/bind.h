@@ -54,7 +54,7 @@ struct BoundProblem {
 // broadcasts to the input's shape.
 BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor* upstream = nullptr);
 
-// Checks that `gradient` can take the gradient by the input: of its shape, dtype and device, with the strides of
+// Checks that `gradient` can take the gradient by the input: of its shape, dtype and device, dense in the order of
 // `layout`, and apart from the memory of all arguments, `upstream` too, or exactly in that of the input. Returns
 // whether it is the latter.
 bool check_gradient(const Arguments& arguments, const Layout& layout, const Tensor* upstream, const Tensor& gradient);

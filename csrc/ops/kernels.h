@@ -59,11 +59,13 @@ struct OpKernels {
     Values values{stack};
     const Arguments arguments(values);
     const Tensor& input = arguments.input;
+    OptionalTensor into;
+    if (kInto) into = values.next<Tensor>();
     if (reduction_of(arguments) != Reduction::Sum) {
       fail("the gradient is made with the sum alone, got reduction ", arguments.reduction);
     }
-    const Layout layout = layout_of(input);
-    const Tensor gradient = kInto ? values.next<Tensor>() : new_result(input, layout, input.scalar_type());
+    const Layout layout = layout_of(into.value_or(input));
+    const Tensor gradient = into ? *into : new_result(input, layout, input.scalar_type());
     BoundProblem bound = bind(arguments, layout);
     if (kInto && check_gradient(arguments, layout, nullptr, gradient)) Backend::check_labels(bound.problem);
     const Tensor total = new_scalar(input, result_type(arguments));
@@ -79,11 +81,18 @@ struct OpKernels {
     const Tensor grad_output = values.next<Tensor>();
     const Arguments arguments(values);
     const Tensor& input = arguments.input;
-    const Layout layout = layout_of(input);
-    const Tensor gradient = kInto ? values.next<Tensor>() : new_result(input, layout, input.scalar_type());
+    OptionalTensor into;
+    if (kInto) into = values.next<Tensor>();
+    const bool is_made = kInto && values.next<bool>();
+    const Layout layout = layout_of(into.value_or(input));
+    const Tensor gradient = into ? *into : new_result(input, layout, input.scalar_type());
     BoundProblem bound = bind(arguments, layout, &grad_output);
-    bound.problem.is_made = kInto && values.next<bool>();
-    if (kInto && check_gradient(arguments, layout, &grad_output, gradient)) Backend::check_labels(bound.problem);
+    const bool is_in_place = kInto && check_gradient(arguments, layout, &grad_output, gradient);
+    if (is_made && (is_in_place || bound.problem.upstream)) {
+      fail("is_made needs a gradient apart from input, and one grad_output for all elements");
+    }
+    bound.problem.is_made = is_made;
+    if (is_in_place) Backend::check_labels(bound.problem);
     bound.problem.gradient = result_of(gradient);
     if (bound.problem.numel > 0) Backend::elements(bound.problem, gradient);
     if (!kInto) stack[0] = boxed(gradient);

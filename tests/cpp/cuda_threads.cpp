@@ -905,8 +905,9 @@ void test_scale() {
         factor.set(0, turn % 5 ? random_between(-3.0, 3.0) : NAN);
         fill_logits(values);
         for (int64_t i = 0; i < numel; ++i) {
-          const double by = dtype == DType::Float64 ? factor.get(0) : double(float(factor.get(0)));
-          want.set(i, dtype == DType::Float64 ? values.get(i) * by : double(float(values.get(i)) * float(by)));
+          const double value = values.get(i), by = factor.get(0);
+          const bool in_double = dtype == DType::Float64;
+          want.set(i, in_double ? product_of_factors(by, value) : double(product_of_factors(float(by), float(value))));
         }
         visit_floating(dtype, [&](auto tag) {
           auto* data = static_cast<decltype(tag)*>(values.data());
