@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "formulas/floats.h"
 
@@ -12,19 +13,25 @@ namespace fused_sce {
 //                     recompile for each batch size.
 //   label_smoothing   (s)
 //   smoothing_prior   (p) A target t becomes (1 - s) t + s p.
-#define FUSED_SCE_OPTIONS "SymInt divisor=1, float label_smoothing=0.0, float smoothing_prior=0.5"
+//   ignore_value      a target equal to it (NaN: that is NaN) does not count: see Problem::leaves_out().
+#define FUSED_SCE_OPTIONS \
+  "SymInt divisor=1, float label_smoothing=0.0, float smoothing_prior=0.5, float? ignore_value=None"
 
 struct Options {
   double divisor = 1.0;
   double label_smoothing = 0.0;
   double smoothing_prior = 0.5;
+  bool has_ignore_value = false;
+  double ignore_value = 0.0;  // as the target's type holds it
 
   // Takes the options from the values of a call.
   template <class Values>
   static Options next(Values& values) {
     const int64_t divisor = values.template next<int64_t>();
     const double label_smoothing = values.template next<double>();
-    return {double(divisor), label_smoothing, values.template next<double>()};
+    const double smoothing_prior = values.template next<double>();
+    const std::optional<double> ignore_value = values.template next<std::optional<double>>();
+    return {double(divisor), label_smoothing, smoothing_prior, bool(ignore_value), ignore_value.value_or(0.0)};
   }
 
   // Whether a target is not taken as it is.
@@ -35,6 +42,13 @@ struct Options {
 template <class T>
 FUSED_SCE_INLINE T changed_target(const Options& options, T target) {
   return add_product(T(options.label_smoothing * options.smoothing_prior), T(1.0 - options.label_smoothing), target);
+}
+
+// Whether a target equals the ignore_value.
+template <class T>
+FUSED_SCE_INLINE bool is_ignored(const Options& options, T target) {
+  const T value = T(options.ignore_value);
+  return options.has_ignore_value && (target == value || (target != target && value != value));
 }
 
 }  // namespace fused_sce

@@ -46,6 +46,7 @@ struct Problem {
   Operand target;
   Operand weight;      // of the type computed in
   Operand pos_weight;  // of the type computed in
+  Operand mask;        // bool
   Operand upstream;    // of the type computed in, or of that of the logits
   Operand factor;      // grad_output where it is one value, instead of `upstream`; where the kernel runs
   Options options;
@@ -55,6 +56,9 @@ struct Problem {
   bool is_made = false;    // `gradient` is that for a factor of 1 already; then there is no `upstream`
   Result loss;
   Result gradient;
+
+  // Whether some elements may not count. Those have a loss and a gradient of 0, whatever else belongs to them.
+  FUSED_SCE_MEMBER bool leaves_out() const { return options.has_ignore_value || mask; }
 };
 
 // What divides the gradient and the sums, where `count` can be read.

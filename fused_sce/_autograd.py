@@ -19,9 +19,10 @@ _forward_out = _ops._sigmoid_cross_entropy_forward_out.default
 _backward = _ops._sigmoid_cross_entropy_backward.default
 _backward_out = _ops._sigmoid_cross_entropy_backward_out.default
 _scale_ = direct_call(_ops._scale_.default)
+_count = direct_call(_ops._count.default)
 
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""The first arguments of the ops: input, target, weight, pos_weight, count."""
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""The first arguments of the ops: input, target, weight, pos_weight, count, mask."""
 
 Options = tuple[Any, ...]
 """The other arguments in the order of the schema: reduction, dtype, divisor, ... The last ones may be missing."""
@@ -34,7 +35,7 @@ def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
     """The loss by the kernels, recorded by autograd where a gradient is wanted."""
     if not needs_graph(tensors):
         return _without_graph(tensors, options)
-    input, target, weight, pos_weight, _ = tensors
+    input, target, weight, pos_weight, _, _ = tensors
     value: Tensor
     if inplace:
         value = SigmoidCrossEntropyInPlace.apply(input, target, tensors[2:], options)[0]
@@ -42,6 +43,13 @@ def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
         value = SigmoidCrossEntropy.apply(input, target, tensors[2:], options, weight, pos_weight)
     else:
         value = SigmoidCrossEntropy.apply(input, target, tensors[2:], options)
+    return value
+
+
+def count(tensors: Tensors, options: Options) -> Tensor:
+    """How many elements count, by the kernel for CPU tensors."""
+    with below_autograd():
+        value: Tensor = _count(*tensors, *options)
     return value
 
 
@@ -53,7 +61,7 @@ def call_op(tensors: Tensors, options: Options) -> Tensor:
 
 def needs_graph(tensors: Tensors) -> bool:
     """Whether autograd records the call."""
-    input, target, weight, pos_weight, _ = tensors
+    input, target, weight, pos_weight, _, _ = tensors
     return torch.is_grad_enabled() and (
         input.requires_grad or target.requires_grad or _requires_gradient(weight) or _requires_gradient(pos_weight)
     )

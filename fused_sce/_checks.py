@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_sce import _sharding
+from fused_sce import _sharding, reference
 from fused_sce._torch_private import allows_implicit_replication, has_memory, is_tracing, unwrapped
 
 # What the kernels read (DType in csrc/dtypes.h).
@@ -17,21 +17,23 @@ _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OTHERS = (*_LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> None:
+def check_tensors(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, mask: Tensor | None = None
+) -> None:
     """Check the tensors of a loss against each other.
 
     Raises:
         TypeError: An argument is no dense tensor, or has a dtype that the kernels do not read.
         ValueError: `target` has another shape than `input`.
-        RuntimeError: `weight` or `pos_weight` does not broadcast to `input`'s shape, or a tensor is on another device,
-            or only some are DTensors, or they are on different meshes.
+        RuntimeError: `weight`, `pos_weight` or `mask` does not broadcast to `input`'s shape, or a tensor is on another
+            device, or only some are DTensors, or they are on different meshes.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     check_dense("input", input)
-    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight), ("mask", mask)):
         check_dense(name, tensor)
         check_mesh(name, tensor, input)  # before the shapes: a rank's own part has another one than the whole
     changed_places = target.is_floating_point() and not input.is_floating_point()
@@ -46,37 +48,49 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, pos_weig
         check_factor("weight", weight, input)
     if pos_weight is not None:
         check_factor("pos_weight", pos_weight, input)
+    if mask is not None:
+        check_factor("mask", mask, input, (torch.bool,))
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = _OTHERS, hint: str = "") -> None:
     """Check that the kernels read a tensor's dtype."""
     if tensor.dtype not in allowed:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} must have dtype {', '.join(most)} or {last}, got {tensor.dtype}{hint}")
+        names = f"{', '.join(most)} or {last}" if most else last
+        raise TypeError(f"{name} must have dtype {names}, got {tensor.dtype}{hint}")
 
 
-def check_labels(target: Tensor) -> None:
-    """Check that a target of an integer dtype holds 0 and 1 alone.
+def check_labels(target: Tensor, mask: Tensor | None = None, ignore_value: float | None = None) -> None:
+    """Check that a target of an integer dtype holds 0 and 1 alone, where it counts.
 
     The kernels do so as they read it; this is for where they do not, and to say which one is wrong. Values that cannot
-    be read now, those of traced programs for example, are not checked. On a GPU a failed assertion of the device does
-    not come to here.
+    be read now, those of traced programs for example, are not checked, nor those with a mask under vmap. On a GPU a
+    failed assertion of the device does not come to here.
 
     Raises:
         ValueError: It does not.
     """
-    target = unwrapped(target)
+    shapes = target.shape, None if mask is None else mask.shape
+    target, mask = unwrapped(target), None if mask is None else unwrapped(mask)
+    if mask is not None and (target.shape, mask.shape) != shapes:
+        return  # vmap's dimensions stand anywhere: which element of the mask belongs to which target?
     if target.is_floating_point() or target.dtype is torch.bool or not has_memory(target) or target.is_meta:
         return
     if is_tracing():
         return
     wrong = (target != 0) & (target != 1)
+    counted = reference.counted(target, mask, ignore_value)
+    if counted is not None:
+        wrong &= counted
     if target.is_cuda:
         torch._assert_async(~wrong.any(), "an integer target must be 0 or 1")
     elif wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())
         value = int(target[place])
-        cures = {255: "target > 0 makes labels of a mask of 0 and 255", -1: "target > 0 takes -1 for a negative"}
+        cures = {
+            255: "target > 0 makes labels of a mask of 0 and 255",
+            -1: "target > 0 takes -1 for a negative, ignore_value=-1 leaves it out",
+        }
         cure = cures.get(value, "for class indices use torch.nn.functional.one_hot")
         raise ValueError(
             f"target[{', '.join(map(str, place))}] is {value}, but an integer target must be 0 or 1 everywhere: {cure}"
@@ -113,11 +127,11 @@ def shape_hint(input: Tensor, target: Tensor) -> str:
     return ""
 
 
-def check_factor(name: str, factor: Tensor, input: Tensor) -> None:
-    """Check that `weight` or `pos_weight` broadcasts to `input`'s shape."""
+def check_factor(name: str, factor: Tensor, input: Tensor, dtypes: tuple[torch.dtype, ...] = _OTHERS) -> None:
+    """Check that `weight`, `pos_weight` or `mask` broadcasts to `input`'s shape."""
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
-    check_dtype(name, factor)
+    check_dtype(name, factor, dtypes)
     missing = input.dim() - factor.dim()
     fits = missing >= 0 and all(
         own in (1, of_input) for own, of_input in zip(factor.shape, input.shape[max(missing, 0) :], strict=False)

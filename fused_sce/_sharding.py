@@ -51,6 +51,17 @@ def register() -> None:
         _register()
 
 
+def register_for(*tensors: Tensor) -> None:
+    """Register the strategies if one of the tensors is a DTensor.
+
+    The op asks for no more. A compiler calls it with subclasses of its own, and must not find `dtensor_class` changed
+    when it traces the same code again.
+    """
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and any(isinstance(tensor, distributed.DTensor) for tensor in tensors):
+        _register()
+
+
 @functools.cache
 def _register() -> None:
     from torch.distributed.tensor import DTensor
@@ -85,7 +96,7 @@ def _backward(grad_output: DTensorSpec, input: DTensorSpec, *rest: Any) -> list[
 
 def _arguments(placement: Placement, input: DTensorSpec, *rest: Any) -> list[Placement | None]:
     """The placements of all arguments for this one of the logits. The count of one element broadcasts as a weight."""
-    tensors, options = rest[:4], rest[4:]
+    tensors, options = rest[:5], rest[5:]
     return [placement, *_beside(placement, input, *tensors), *[None] * len(options)]
 
 

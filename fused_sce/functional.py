@@ -41,7 +41,7 @@ __all__ = [
 Arguments = ParamSpec("Arguments")
 
 Call = tuple[_autograd.Tensors, _autograd.Options, bool]
-"""What a loss asks of the op: tensors, options and whether in place."""
+"""What a loss asks of the op: tensors, options and whether in place. A count of `_COUNTED` is still to be made."""
 
 
 def _loss_function(describe: Callable[Arguments, Call]) -> Callable[Arguments, Tensor]:
@@ -76,8 +76,8 @@ def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
     except TypeError:
         return  # what the call itself raised names the function
     try:
-        check_tensors(*(arguments.get(name) for name in ("input", "target", "weight", "pos_weight")))  # type: ignore[arg-type]
-        check_labels(arguments["target"])
+        check_tensors(*(arguments.get(name) for name in ("input", "target", "weight", "pos_weight", "mask")))  # type: ignore[arg-type]
+        check_labels(arguments["target"], arguments.get("mask"), arguments.get("ignore_value"))
     except Exception as explanation:
         raise explanation from None
 
@@ -100,7 +100,7 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     check_reduction(reduction)
-    return (input, target, weight, pos_weight, None), _reduced(input, reduction), False
+    return (input, target, weight, pos_weight, None, None), _reduced(input, reduction), False
 
 
 @_loss_function
@@ -110,9 +110,11 @@ def sigmoid_cross_entropy(
     *,
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
+    ignore_value: float | None = None,
     inplace: bool = False,
 ) -> Call:
     """Sigmoid cross-entropy with all options of the kernels.
@@ -124,10 +126,14 @@ def sigmoid_cross_entropy(
         weight: factor of each element's loss; broadcasts to the input's shape.
         pos_weight: factor of the positive term; broadcasts to the input's shape, usually one value per label. A factor
             of 0, this or another one, leaves out what it multiplies, even infinities and NaN, from loss and gradients.
-        reduction: "mean" over all elements, "sum", "none", or "sum_classes": the sum over the last dimension, averaged
-            over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
+        mask: bool; where it is False, an element does not count: its loss and gradients are 0, whatever its logit,
+            target and weights are, infinities and NaN included. Broadcasts to the input's shape.
+        reduction: "mean" over all elements that count, 0 if there is none; "sum"; "none"; or "sum_classes": the sum
+            over the last dimension, averaged over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
         label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`, rounded to the dtype computed in.
         smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's.
+        ignore_value: where the target equals it, or is NaN as it is, an element does not count. Usually -1, -100 or
+            NaN.
         inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Read them (for
             metrics, say) before the loss: afterwards they hold the gradient. A backward pass through another use of
             them, before or after the loss, `backward` for a second time, `create_graph=True` and a gradient by another
@@ -140,17 +146,22 @@ def sigmoid_cross_entropy(
 
     Raises:
         TypeError: An argument is no dense tensor, or has another dtype than these; `weight` and `pos_weight` may have
-            those of `target`.
-        ValueError: `target`'s shape differs from `input`'s, an integer `target` is not 0 or 1 everywhere (on a GPU this
-            is a failed assertion of the device), `reduction` is unknown, "sum_classes" met a scalar, or
+            those of `target`. `mask` is not of dtype bool, or `ignore_value` no number.
+        ValueError: `target`'s shape differs from `input`'s, an integer `target` that counts is not 0 or 1 (on a GPU
+            this is a failed assertion of the device), `reduction` is unknown, "sum_classes" met a scalar, or
             `label_smoothing` or `smoothing_prior` is not in [0, 1].
-        RuntimeError: `weight` or `pos_weight` does not broadcast, tensors are on different devices, or `inplace` would
-            overwrite a leaf that requires grad.
+        RuntimeError: `weight`, `pos_weight` or `mask` does not broadcast, tensors are on different devices, or
+            `inplace` would overwrite a leaf that requires grad.
     """
     check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
     check_smoothing(label_smoothing, smoothing_prior)
-    options = (*_reduced(input, reduction), label_smoothing, smoothing_prior)
-    return (input, target, weight, pos_weight, None), options, inplace
+    check_ignore_value(ignore_value)
+    rows, dtype, divisor = _reduced(input, reduction)
+    count = None
+    if reduction == "mean" and (mask is not None or ignore_value is not None):
+        count, divisor = _COUNTED, 1
+    options = (rows, dtype, divisor, label_smoothing, smoothing_prior, ignore_value)
+    return (input, target, weight, pos_weight, count, mask), options, inplace
 
 
 @_loss_function
@@ -190,7 +201,17 @@ def multilabel_soft_margin_loss(
     if divisor == 0 and reduction == "sum" and input.shape[:-1].numel() == 0:
         divisor = 1  # the sum of no samples is 0, as torch's, not 0 / 0
     options = ("rows" if reduction == "none" else "sum", dtype, divisor)
-    return (input, target, weight, None, None), options, False
+    return (input, target, weight, None, None, None), options, False
+
+
+def check_ignore_value(ignore_value: float | None) -> None:
+    """Check that option of `sigmoid_cross_entropy`.
+
+    Raises:
+        TypeError: It is no number.
+    """
+    if ignore_value is not None and not isinstance(ignore_value, float | int | torch.SymFloat):
+        raise TypeError(f"ignore_value must be a number or None, got {type(ignore_value).__name__}")
 
 
 def check_smoothing(label_smoothing: float, smoothing_prior: float) -> None:
@@ -218,9 +239,30 @@ def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
     return reduction, None, 1
 
 
+_COUNTED: Any = object()
+"""In the place of `count`: the number of elements that count."""
+
+_IGNORE_VALUE = _autograd.OPTIONS.index("ignore_value")
+"""Its place among the options."""
+
+
+def _with_count(tensors: _autograd.Tensors, options: _autograd.Options, by_kernel: bool) -> _autograd.Tensors:
+    """The tensors with the count that they ask for."""
+    input, target, weight, pos_weight, count, mask = tensors
+    if count is not _COUNTED:
+        return tensors
+    if by_kernel:
+        count = _autograd.count((input, target, None, None, None, mask), options)
+    else:
+        counted = reference.counted(target.detach(), mask, options[_IGNORE_VALUE])
+        assert counted is not None
+        count = counted.expand(input.shape).sum()
+    return input, target, weight, pos_weight, count, mask
+
+
 def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
     """Dispatch a call. `is_usual` holds in ordinary training, where each microsecond counts."""
-    input, target, weight, pos_weight, _ = tensors
+    input, target, weight, pos_weight, count, mask = tensors
     is_usual = (
         type(input) is Tensor
         and type(target) is Tensor
@@ -229,11 +271,14 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
     )
     if not is_usual:
         _sharding.register()  # they may be DTensors
-        check_tensors(input, target, weight, pos_weight)
+        check_tensors(input, target, weight, pos_weight, mask)
         options = _with_autocast(tensors, options)
+    if count is not None:
+        tensors = _with_count(tensors, options, is_usual and input.is_cpu)
+    if not is_usual:
         # A trace would keep the divisor of its example.
         if is_tracing() or is_differentiating() or _needs_reference(input):
-            check_labels(target)
+            check_labels(target, mask, options[_IGNORE_VALUE] if len(options) > _IGNORE_VALUE else None)
             return reference.sigmoid_cross_entropy(*tensors, *options)
         if is_transforming():  # by vmap alone
             return _autograd.call_op(tensors, options)
@@ -244,8 +289,9 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
 
 def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool) -> Tensor:
     """The op as one node of a graph, or the reference."""
-    check_tensors(*tensors[:4])
+    check_tensors(*tensors[:4], tensors[5])
     options = _with_autocast(tensors, options)
+    tensors = _with_count(tensors, options, by_kernel=False)
     if is_transforming() or _needs_reference(tensors[0]):
         return reference.sigmoid_cross_entropy(*tensors, *options)
     return _autograd.call_op(tensors, options)

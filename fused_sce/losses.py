@@ -82,6 +82,7 @@ class SigmoidCrossEntropyLoss(_KeepsParameters):
     # Defaults for pickles of a version without these options.
     label_smoothing = 0.0
     smoothing_prior = 0.5
+    ignore_value: float | None = None
     inplace = False
 
     def __init__(
@@ -92,11 +93,13 @@ class SigmoidCrossEntropyLoss(_KeepsParameters):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         smoothing_prior: float = 0.5,
+        ignore_value: float | None = None,
         inplace: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
         functional.check_smoothing(label_smoothing, smoothing_prior)
+        functional.check_ignore_value(ignore_value)
         for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
             if not isinstance(factor, Tensor | None):
                 raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
@@ -105,18 +108,21 @@ class SigmoidCrossEntropyLoss(_KeepsParameters):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.smoothing_prior = smoothing_prior
+        self.ignore_value = ignore_value
         self.inplace = inplace
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits `input` for `target`."""
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of logits `input` for `target`, of the elements for which `mask` is True."""
         return functional.sigmoid_cross_entropy(
             input,
             target,
             weight=_factor(self, "weight"),
             pos_weight=_factor(self, "pos_weight"),
+            mask=mask,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             smoothing_prior=self.smoothing_prior,
+            ignore_value=self.ignore_value,
             inplace=self.inplace,
         )
 
@@ -125,4 +131,6 @@ class SigmoidCrossEntropyLoss(_KeepsParameters):
         shown = f"reduction={self.reduction!r}"
         if self.label_smoothing:
             shown += f", label_smoothing={self.label_smoothing}, smoothing_prior={self.smoothing_prior}"
+        if self.ignore_value is not None:
+            shown += f", ignore_value={self.ignore_value}"
         return shown + (", inplace=True" if self.inplace else "")

@@ -8,11 +8,13 @@ dozen kernels and as many temporaries.
 `gradients` are the derivatives written out, right for infinite arguments too, where automatic differentiation of the
 loss adds up terms and gives inf - inf.
 
-Shapes: input and target (any shape, the same for both); weight and pos_weight broadcast to it; count has one element.
+Shapes: input and target (any shape, the same for both); weight, pos_weight and mask broadcast to it; count has one
+element.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,11 +32,13 @@ def sigmoid_cross_entropy(
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     count: Tensor | None = None,
+    mask: Tensor | None = None,
     reduction: str = "none",
     dtype: torch.dtype | None = None,
     divisor: int = 1,
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
+    ignore_value: float | None = None,
 ) -> Tensor:
     """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`.
 
@@ -47,17 +51,20 @@ def sigmoid_cross_entropy(
         weight: factor of each element's loss.
         pos_weight: factor of the positive term.
         count: int64; divides the loss as well. 0 divides as 1.
+        mask: bool; where it is false, an element does not count: its loss and gradients are 0.
         reduction: "none", "rows" (sum over the last dimension) or "sum" (over all).
         dtype: of the result; default `result_dtype(input, target)`.
         divisor: divides the loss.
         label_smoothing: s in [0, 1].
         smoothing_prior: p in [0, 1]; the target t becomes `(1 - s) t + s p`.
+        ignore_value: where the target equals it, or is NaN as it is, an element does not count.
 
     Returns:
         A tensor of shape `input.shape`, `input.shape[:-1]` or ().
     """
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
-    w, p = _factor(weight, x), _factor(pos_weight, x)
+    counts = counted(target, mask, ignore_value)
+    w, p = _weight(weight, counts, x), _factor(pos_weight, x)
     loss = _without_weight(*_parts(x, t, w, p))
     if w is not None:
         loss = _product(w, loss)
@@ -78,11 +85,13 @@ def gradients(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     count: Tensor | None,
+    mask: Tensor | None,
     reduction: str,
     dtype: torch.dtype | None,
     divisor: int,
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
+    ignore_value: float | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients by input, target, weight and pos_weight, as far as they are wanted.
 
@@ -91,8 +100,11 @@ def gradients(
     of `sigmoid_cross_entropy`.
     """
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
-    w, p = _factor(weight, x), _factor(pos_weight, x)
+    counts = counted(target, mask, ignore_value)
+    w, p = _weight(weight, counts, x), _factor(pos_weight, x)
     upstream = grad_output.to(x.dtype)
+    if counts is not None:
+        upstream = torch.where(counts, upstream, 0)
     of_loss = _divided(upstream if w is None else _product_of_factors(upstream, w), divisor, count)
     by_input = by_target = by_weight = by_pos_weight = None
     if wanted[2]:
@@ -136,6 +148,22 @@ def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -
     if smoothing:
         t = (1 - smoothing) * t + smoothing * prior
     return input.to(dtype), t
+
+
+def counted(target: Tensor, mask: Tensor | None, ignore_value: float | None) -> Tensor | None:
+    """Which elements count, as a bool tensor that broadcasts to the target's shape; None: all do."""
+    if ignore_value is None:
+        return mask
+    is_ignored = torch.isnan(target) if math.isnan(ignore_value) else target == ignore_value
+    return ~is_ignored if mask is None else ~is_ignored & mask
+
+
+def _weight(weight: Tensor | None, counts: Tensor | None, x: Tensor) -> Tensor | None:
+    """The weight, 0 for what does not count: a factor of 0 leaves that out."""
+    w = _factor(weight, x)
+    if counts is None:
+        return w
+    return torch.where(counts, x.new_ones(()) if w is None else w, 0)
 
 
 def _factor(factor: Tensor | None, x: Tensor) -> Tensor | None:

@@ -275,6 +275,26 @@ def weights_placed_in_every_way() -> None:
 
 
 @check(2)
+def only_what_counts() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    t[torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.4] = -1
+    masks = {"per element": t < 0.7, "per class": torch.arange(7) != 2, "per sample": torch.arange(5).view(5, 1) != 0}
+    for mask in (None, *masks.values()):
+        for reduction in ("mean", "sum", "none", "sum_classes"):
+            whole = x.clone().requires_grad_()
+            expected = F.sigmoid_cross_entropy(whole, t, mask=mask, ignore_value=-1, reduction=reduction)
+            (expected_gradient,) = torch.autograd.grad(expected.sum(), whole)
+            for placement in (Shard(0), Shard(1), Replicate()):
+                logits, target = put(x, mesh, [placement]).requires_grad_(), put(t, mesh, [placement])
+                beside = None if mask is None else put(mask, mesh, [Replicate()])
+                loss = F.sigmoid_cross_entropy(logits, target, mask=beside, ignore_value=-1, reduction=reduction)
+                (gradient,) = torch.autograd.grad(loss.sum(), logits)
+                assert_same(loss.full_tensor(), expected)
+                assert_same(gradient.full_tensor(), expected_gradient)
+
+
+@check(2)
 def partial_logits_are_reduced_first() -> None:
     mesh = line()
     x, t = sample(4, 6)

@@ -144,6 +144,16 @@ def make_case(number: int) -> Case:
             options["label_smoothing"] = float(rng.choice([0.1, 0.37, 1.0]))
             options["smoothing_prior"] = float(rng.choice([0.5, 0.0, 1.0, 0.03]))
         inplace = bool(rng.random() < 0.2)
+        if rng.random() < 0.25:
+            value = float(rng.choice([-1.0, np.nan, 1.0, 0.3]))
+            options["ignore_value"] = value
+            if target_dtype.is_floating_point or target_dtype is torch.int64:
+                ignored = torch.from_numpy(np.asarray(rng.random(shape) < 0.3))
+                if t is not x and (target_dtype.is_floating_point or value == -1):
+                    t = tensors["target"] = torch.where(ignored, value, t.contiguous()).to(target_dtype)
+        if rng.random() < 0.2:
+            own = [size if rng.random() < 0.6 else 1 for size in shape][int(rng.integers(len(shape) + 1)) :]
+            tensors["mask"] = torch.from_numpy(np.asarray(rng.random(own) < 0.7))
     if not inplace and t is not x:
         for name in ("target", "weight", "pos_weight"):
             tensor = tensors.get(name)
@@ -155,6 +165,21 @@ def make_case(number: int) -> Case:
 
 def wide(tensor: Tensor, shape: torch.Size) -> Array:
     return np.broadcast_to(tensor.detach().double().numpy(), shape).astype(Wide)
+
+
+def counted(case: Case) -> Array | None:
+    """Which elements count."""
+    mask, value, target = case.tensors.get("mask"), case.options.get("ignore_value"), case.tensors["target"]
+    assert target is not None
+    if mask is None and value is None:
+        return None
+    counts = np.broadcast_to(np.ones((), bool) if mask is None else mask.numpy(), target.shape)
+    if value is None:
+        return counts
+    t = target.detach().double().numpy()
+    if target.is_floating_point():
+        value = float(torch.tensor(value, dtype=torch.float64).to(target.dtype))
+    return counts & ~(np.isnan(t) if np.isnan(value) else t == value)
 
 
 def smallest(dtype: torch.dtype) -> float:
@@ -183,7 +208,12 @@ class Oracle:
             None if tensors.get(name) is None else wide(tensors[name].to(self.dtype), x.shape)  # type: ignore[union-attr]
             for name in ("weight", "pos_weight")
         )
-        self.divisor = {"mean": x.numel(), "sum": 1, "none": 1, "sum_classes": int(np.prod(x.shape[:-1]))}[
+        counts = counted(case)
+        if counts is not None:
+            self.w = np.where(counts, 1 if self.w is None else self.w, 0)
+        self.counts = np.ones(x.shape, bool) if counts is None else counts
+        number = x.numel() if counts is None else max(int(counts.sum()), 1)
+        self.divisor = {"mean": number, "sum": 1, "none": 1, "sum_classes": int(np.prod(x.shape[:-1]))}[
             options["reduction"]
         ]
         if case.function == "multilabel_soft_margin_loss" and options["reduction"] != "mean":
@@ -332,7 +362,7 @@ def run(number: int) -> tuple[Case, dict[str, float]]:
         and case.options["reduction"] == "none"
     )
     spread = upstream.unsqueeze(-1) if rows else upstream
-    u = wide(spread.to(oracle.dtype), logits.shape)
+    u = np.where(oracle.counts, wide(spread.to(oracle.dtype), logits.shape), 0)
     case.moderate = case.moderate and bool(np.isfinite(u).all())
     right = oracle.elements(u / Wide(oracle.divisor))
     exact, same, bound = reduced(oracle, *right["loss"])
@@ -428,8 +458,9 @@ def check_second_derivative(case: Case, oracle: Oracle, upstream: Array, gradien
     size = np.abs(oracle.x)
     e = np.exp(-size)
     w, p = (Wide(1) if factor is None else factor for factor in (oracle.w, oracle.p))
-    exact = upstream * w * (1 - oracle.t + p * oracle.t) * e / (1 + e) ** 2 / Wide(oracle.divisor)
-    terms = np.abs(upstream * w) * (1 + (1 + p) * np.abs(oracle.t)) * e / (1 + e) ** 2 / Wide(oracle.divisor)
+    factor = product_of_factors(upstream, w) / Wide(oracle.divisor)
+    exact = product(factor, (1 - oracle.t + p * oracle.t) * e / (1 + e) ** 2)
+    terms = product(np.abs(factor), (1 + (1 + p) * np.abs(oracle.t)) * e / (1 + e) ** 2)
     bound = 64 * torch.finfo(oracle.dtype).eps * terms + 64 * smallest(oracle.dtype) * (1 + np.abs(upstream * w * p))
     check(case, "second derivative", second, exact, exact, bound)
 

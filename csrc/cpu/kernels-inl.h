@@ -107,6 +107,35 @@ const T* change_target(const Options& options, int64_t count, const T* target, T
   return buffer;
 }
 
+// Calls `action(i, counts)` for elements [begin, begin + count), of which `target` has the targets: whether each
+// counts. `buffer` is for the mask.
+template <class T, class Action>
+FUSED_SCE_INLINE void for_each_that_counts(
+    const Problem& problem,
+    int64_t begin,
+    int64_t count,
+    const T* target,
+    T* buffer,
+    const Action& action) {
+  const T ignored = problem.options.has_ignore_value ? T(problem.options.ignore_value) : T(0);
+  const bool takes_nan = ignored != ignored;
+  const auto loop = [&](auto is_kept) {
+    for (int64_t i = 0; i < count; ++i) action(i, is_kept(i));
+  };
+  const auto by_value = [&](auto is_kept) {
+    if (!problem.options.has_ignore_value) {
+      loop(is_kept);
+    } else if (takes_nan) {
+      loop([=](int64_t i) { return is_kept(i) & (target[i] == target[i]); });
+    } else {
+      loop([=](int64_t i) { return is_kept(i) & !(target[i] == ignored); });
+    }
+  };
+  if (!problem.mask) return by_value([](int64_t) { return true; });
+  const T* const mask = gather(problem, problem.mask, begin, count, buffer);
+  by_value([=](int64_t i) { return mask[i] != T(0); });
+}
+
 // Writes an array of T to elements [begin, begin + count) of a result.
 template <class T>
 void scatter(const Result& result, int64_t begin, int64_t count, const T* values) {
@@ -139,37 +168,47 @@ FUSED_SCE_INLINE void fetch(Upcoming upcoming, int64_t first) {
   }
 }
 
+// The value where all bits of the mask are set, 0 where none is.
+template <class T>
+T masked(T value, typename Constants<T>::Bits mask) {
+  return bit_cast<T>(bit_cast<typename Constants<T>::Bits>(value) & mask);
+}
+
 // The work of one block: arrays of `count` <= kBlock elements. The results must not overlap the inputs.
 template <class T>
 struct Work {
   int64_t count;
   const T* logits;
   const T* target;
-  const T* pos_weight;  // null: 1
-  TwoPart<T> scale;     // of the gradient
-  T* loss;              // null: not wanted
-  T* gradient;          // null: not wanted
+  const T* pos_weight;                        // null: 1
+  const typename Constants<T>::Bits* counts;  // as in Block; null: all count
+  TwoPart<T> scale;                           // of the gradient
+  T* loss;                                    // null: not wanted
+  T* gradient;                                // null: not wanted
   Upcoming next_logits;
   Upcoming next_target;
 };
 
 // The third loop of `compute`, over exp(-|x|) = upper + lower.
-template <class T, bool kPosWeight, bool kSelect, bool kLoss, bool kGradient>
+template <class T, bool kPosWeight, bool kSelect, bool kLeavesOut, bool kLoss, bool kGradient>
 FUSED_SCE_INLINE void loss_and_gradient(
     int64_t count,
     const T* __restrict__ logits,
     const T* __restrict__ target,
     const T* __restrict__ pos_weight,
+    const typename Constants<T>::Bits* __restrict__ counts,
     const T* __restrict__ upper,
     const T* __restrict__ lower,
     TwoPart<T> scale,
     T* __restrict__ loss,
     T* __restrict__ gradient) {
   for (int64_t i = 0; i < count; ++i) {
+    const T t = kLeavesOut ? masked(target[i], counts[i]) : target[i];  // NaN would cost time, see compute()
     const LossAndGradient<T> result = sigmoid_cross_entropy<T, kPosWeight, kSelect>(
-        logits[i], target[i], kPosWeight ? pos_weight[i] : T(1), {upper[i], lower[i]});
-    if (kLoss) loss[i] = result.loss;
-    if (kGradient) gradient[i] = scaled(result.gradient, scale);
+        logits[i], t, kPosWeight ? pos_weight[i] : T(1), {upper[i], lower[i]});
+    const T scaled_gradient = scaled(result.gradient, scale);
+    if (kLoss) loss[i] = kLeavesOut ? masked(result.loss, counts[i]) : result.loss;
+    if (kGradient) gradient[i] = kLeavesOut ? masked(scaled_gradient, counts[i]) : scaled_gradient;
   }
 }
 
@@ -204,10 +243,15 @@ void compute(const Work<T>& work) {
     upper[i] = e.upper;
     lower[i] = e.lower;
   }
+  const auto third_loop_of = [&](int64_t begin, int64_t count, auto select, auto leaves_out) {
+    loss_and_gradient<T, kPosWeight, decltype(select)::value, decltype(leaves_out)::value, kLoss, kGradient>(
+        count, work.logits + begin, work.target + begin, kPosWeight ? work.pos_weight + begin : nullptr,
+        decltype(leaves_out)::value ? work.counts + begin : nullptr, upper + begin, lower + begin, work.scale,
+        kLoss ? work.loss + begin : nullptr, kGradient ? work.gradient + begin : nullptr);
+  };
   const auto third_loop = [&](int64_t begin, int64_t count, auto select) {
-    loss_and_gradient<T, kPosWeight, decltype(select)::value, kLoss, kGradient>(
-        count, work.logits + begin, work.target + begin, kPosWeight ? work.pos_weight + begin : nullptr, upper + begin,
-        lower + begin, work.scale, kLoss ? work.loss + begin : nullptr, kGradient ? work.gradient + begin : nullptr);
+    work.counts ? third_loop_of(begin, count, select, std::true_type{})
+                : third_loop_of(begin, count, select, std::false_type{});
   };
   int64_t begin = 0;
   for (; begin + kPrefetchStep <= work.count; begin += kPrefetchStep) {
@@ -251,7 +295,33 @@ struct Block {
   alignas(64) T upstream[kBlock];
   alignas(64) T loss[kBlock];
   alignas(64) T gradient[kBlock];
+  alignas(64) typename Constants<T>::Bits counts[kBlock];  // all ones where an element counts, else 0
 };
+
+// Finds which of the block's elements count. Integer targets that do must be labels.
+template <class T>
+void find_counted(
+    const Problem& problem,
+    int64_t begin,
+    int64_t count,
+    const T* target,
+    Block<T>& block,
+    bool* only_labels) {
+  using Bits = typename Constants<T>::Bits;
+  for_each_that_counts(problem, begin, count, target, block.weight, [&](int64_t i, bool counts) {
+    block.counts[i] = counts ? ~Bits(0) : Bits(0);
+  });
+  if (!is_integer(problem.target.dtype)) return;
+  Bits others = 0;
+  for (int64_t i = 0; i < count; ++i) others |= target[i] == T(0) || target[i] == T(1) ? 0 : block.counts[i];
+  if (others) *only_labels = false;
+}
+
+// 0 for the elements that do not count.
+template <class T>
+void zero_others(int64_t count, const typename Constants<T>::Bits* __restrict__ counts, T* __restrict__ values) {
+  for (int64_t i = 0; i < count; ++i) values[i] = masked(values[i], counts[i]);
+}
 
 // What all blocks of a problem have in common.
 template <class T>
@@ -266,7 +336,10 @@ struct Job {
 template <class T>
 void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss, Block<T>& block) {
   const Problem& problem = job.problem;
-  const T* target = gather(problem, problem.target, begin, count, block.target, &job.only_labels);
+  const bool leaves_out = problem.leaves_out();
+  const T* target =
+      gather(problem, problem.target, begin, count, block.target, leaves_out ? nullptr : &job.only_labels);
+  if (leaves_out) find_counted(problem, begin, count, target, block, &job.only_labels);
   if (!want_loss && !problem.gradient) return;
   // Not directly into the memory of the logits: the results of `compute` must not overlap its inputs.
   const bool direct = problem.gradient.dtype == kDTypeOf<T> && problem.gradient.data != problem.logits.data;
@@ -279,6 +352,7 @@ void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss,
   work.logits = gather(problem, problem.logits, begin, count, block.logits);
   work.target = change_target(problem.options, count, target, block.target);
   work.pos_weight = problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
+  work.counts = leaves_out ? block.counts : nullptr;
   work.scale = has_factors ? quotient_in_parts<T>(1.0, 1.0) : job.scale;
   work.loss = want_loss ? block.loss : nullptr;
   work.gradient = problem.gradient && !is_zero ? gradient : nullptr;
@@ -296,6 +370,7 @@ void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss,
   if (problem.weight) {
     factor = gather(problem, problem.weight, begin, count, block.weight);
     if (work.loss) multiply(count, factor, work.loss);
+    if (work.loss && leaves_out) zero_others(count, block.counts, work.loss);
   }
   if (!problem.gradient) return;
   if (problem.upstream) {
@@ -311,6 +386,7 @@ void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss,
     for (int64_t i = 0; i < count; ++i) gradient[i] = T(0);
   } else if (factor) {
     multiply(count, factor, job.scale, gradient);
+    if (leaves_out) zero_others(count, block.counts, gradient);
   }
   if (!direct) scatter(problem.gradient, begin, count, gradient);
 }
@@ -413,6 +489,27 @@ bool rescale(const Problem& problem, int64_t begin, int64_t end, double factor) 
   });
 }
 
+template <class T>
+int64_t count_as(const Problem& problem, int64_t begin, int64_t end) {
+  alignas(64) T target_buffer[kBlock];
+  alignas(64) T mask_buffer[kBlock];
+  const int64_t last = end * kChunk < problem.numel ? end * kChunk : problem.numel;
+  int64_t total = 0;
+  for (int64_t i = begin * kChunk; i < last; i += kBlock) {
+    const int64_t count = last - i < kBlock ? last - i : kBlock;
+    const T* const target = gather(problem, problem.target, i, count, target_buffer);
+    typename Constants<T>::Bits found = 0;  // not an int, see has_nan()
+    for_each_that_counts(
+        problem, i, count, target, mask_buffer, [&](int64_t, bool counts) { found += counts ? 1 : 0; });
+    total += int64_t(found);
+  }
+  return total;
+}
+
+int64_t count(const Problem& problem, int64_t begin, int64_t end) {
+  return problem.in_double ? count_as<double>(problem, begin, end) : count_as<float>(problem, begin, end);
+}
+
 bool chunks(const Problem& problem, int64_t begin, int64_t end, double* partial_sums) {
   const auto run = problem.in_double ? chunks_as<double> : chunks_as<float>;
   return run(problem, begin, end, partial_sums);
@@ -426,7 +523,7 @@ bool rows(const Problem& problem, int64_t columns, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {FUSED_SCE_STRING(FUSED_SCE_ISA), chunks, rescale, rows};
+const Kernels kKernels = {FUSED_SCE_STRING(FUSED_SCE_ISA), chunks, rescale, rows, count};
 
 }  // namespace fused_sce::cpu::FUSED_SCE_ISA
 

@@ -14,7 +14,7 @@ namespace fused_sce::cpu {
 // elements alone and not on the number of threads. A multiple of kBlock.
 constexpr int64_t kChunk = 4096;
 
-// Elements processed at a time. The seven float buffers of a block are 14 KiB and stay in the first-level cache.
+// Elements processed at a time. The eight float buffers of a block are 16 KiB and stay in the first-level cache.
 constexpr int64_t kBlock = 512;
 
 // The kernels of one instruction set.
@@ -33,6 +33,9 @@ struct Kernels {
   // Computes rows [begin, end) of `columns` elements each. problem.loss[row] becomes the sum of the losses of that row,
   // over divisor_of(problem). Returns what chunks() does.
   bool (*rows)(const Problem& problem, int64_t columns, int64_t begin, int64_t end);
+
+  // How many elements of chunks [begin, end) count.
+  int64_t (*count)(const Problem& problem, int64_t begin, int64_t end);
 };
 
 FUSED_SCE_INLINE int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }

@@ -124,6 +124,20 @@ struct CpuBackend {
 #define FUSED_SCE_COMPILER "gcc " __VERSION__
 #endif
 
+void count(StableIValue* stack, uint64_t, uint64_t) {
+  Values values{stack};
+  const Arguments arguments(values);
+  const BoundProblem bound = bind(arguments, layout_of(arguments.input));
+  std::atomic<int64_t> total = 0;
+  const cpu::Kernels& kernels = cpu::kernels();
+  torch::stable::parallel_for(
+      0, cpu::num_chunks(bound.problem.numel), kChunksPerThread,
+      [&](int64_t begin, int64_t end) { total += kernels.count(bound.problem, begin, end); });
+  const Tensor result = new_tensor(arguments.input, {}, {}, ScalarType::Long);
+  *static_cast<int64_t*>(result.mutable_data_ptr()) = total;
+  stack[0] = torch::stable::detail::from(result);
+}
+
 void build(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(
       std::string("compiler: " FUSED_SCE_COMPILER "\nisa: ") + cpu::kernels().isa + "\nisas: " + cpu::available_isas());
@@ -132,5 +146,8 @@ void build(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 }  // namespace fused_sce
 
-STABLE_TORCH_LIBRARY_IMPL(fused_sce, CPU, m) { fused_sce::OpKernels<fused_sce::CpuBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_sce, CPU, m) {
+  fused_sce::OpKernels<fused_sce::CpuBackend>::register_all(m);
+  m.impl("_count", &fused_sce::count);
+}
 STABLE_TORCH_LIBRARY_IMPL(fused_sce, CompositeExplicitAutograd, m) { m.impl("_cpu_build", &fused_sce::build); }

@@ -195,6 +195,14 @@ struct ContiguousLoop {
                                       : F::scaled(result.gradient[k], thread.scale);
       }
     }
+    if constexpr (kAnyTarget) {
+      if (group.target.others != 0) {
+        FUSED_SCE_UNROLL
+        for (int k = 0; k < kGroup; ++k) {
+          if (group.target.others >> k & 1) result.loss[k] = result.gradient[k] = 0;
+        }
+      }
+    }
     return result;
   }
 
@@ -205,9 +213,9 @@ struct ContiguousLoop {
     LabelCheck labels;  // not asked again
     FUSED_SCE_NO_UNROLL
     for (int64_t i = begin; i < begin + count; ++i) {
-      Element<T> element = {
-          load_as<T>(static_cast<const Logits*>(problem.logits.data)[i]), load_target<T>(problem, i, labels), T(1),
-          T(1), false};
+      const SingleTarget<T> target = load_target<T>(problem, i, i, labels);
+      const T logit = load_as<T>(static_cast<const Logits*>(problem.logits.data)[i]);
+      Element<T> element = {logit, target.value, T(1), T(1), false, target.counts};
       if (kMayBeWeighted) {
         const int64_t column = i % problem.sizes[last];
         element.weight = load_weight<T>(problem.weight, column * problem.weight.strides[last]);

@@ -71,6 +71,10 @@ struct Element {
   T weight;
   T pos_weight;
   bool has_pos_weight;
+  bool counts;
+
+  // A loss or a gradient, 0 where the element does not count.
+  FUSED_SCE_MEMBER T counted(T value) const { return counts ? value : T(0); }
 };
 
 // Loss and gradient before they are multiplied by anything.
@@ -89,6 +93,7 @@ class GroupSum {
   // Returns what compute() does.
   FUSED_SCE_MEMBER LossAndGradient<T> add(const Element<T>& element) {
     const LossAndGradient<T> result = compute<Formula>(element);
+    if (!element.counts) return result;
     sum_ += typename Formula::Accumulator(product(element.weight, result.loss));
     if constexpr (Formula::kRecomputesNonFinite) {
       const bool is_nan = result.loss != result.loss;

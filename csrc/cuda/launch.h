@@ -118,7 +118,7 @@ inline int64_t num_threads(const Problem& problem, int64_t launched) {
 // Whether ContiguousLoop can run the problem, apart from its weights.
 inline bool is_contiguous(const Problem& problem) {
   return problem.logits.contiguous && problem.target.contiguous && !problem.in_double &&
-         (problem.upstream.contiguous || !problem.upstream);
+         (problem.upstream.contiguous || !problem.upstream) && (problem.mask.contiguous || !problem.mask);
 }
 
 }  // namespace fused_sce::cuda

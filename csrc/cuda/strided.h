@@ -19,6 +19,7 @@ struct Offsets {
   int64_t target;
   int64_t weight;
   int64_t pos_weight;
+  int64_t mask;
   int64_t upstream;
 };
 
@@ -27,6 +28,7 @@ FUSED_SCE_INLINE void advance(const Problem& problem, int dim, int64_t by, Offse
   at.target += by * problem.target.strides[dim];
   at.weight += by * problem.weight.strides[dim];
   at.pos_weight += by * problem.pos_weight.strides[dim];
+  at.mask += by * problem.mask.strides[dim];
   at.upstream += by * problem.upstream.strides[dim];
 }
 
@@ -72,12 +74,16 @@ struct StridedLoop {
       Offsets at = offsets_of(problem, begin);
       GroupSum<Formula> group_sum;
       for (int64_t i = begin; i < end; ++i) {
+        const SingleTarget<T> target = load_target<T>(problem, at.target, at.mask, labels);
         const Element<T> element = {
-            load_element<T>(problem.logits, at.logits), load_target<T>(problem, at.target, labels),
-            load_weight<T>(problem.weight, at.weight), load_weight<T>(problem.pos_weight, at.pos_weight),
-            bool(problem.pos_weight)};
+            load_element<T>(problem.logits, at.logits),
+            target.value,
+            load_weight<T>(problem.weight, at.weight),
+            load_weight<T>(problem.pos_weight, at.pos_weight),
+            bool(problem.pos_weight),
+            target.counts};
         const LossAndGradient<T> result = group_sum.add(element);
-        if (problem.loss) store_element(problem.loss, i, product(element.weight, result.loss));
+        if (problem.loss) store_element(problem.loss, i, element.counted(product(element.weight, result.loss)));
         if (problem.gradient) {
           T gradient = times_factors<Formula>(problem, element, at, result.gradient, scale);
           if constexpr (std::is_same<Formula, FullFormula<float>>::value) {
@@ -86,7 +92,7 @@ struct StridedLoop {
               gradient = times_factors<Formula16Bit>(problem, element, at, gradient, scale);
             }
           }
-          store_element(problem.gradient, i, gradient);
+          store_element(problem.gradient, i, element.counted(gradient));
         }
 
         if (++at.column == problem.sizes[last]) {

@@ -41,10 +41,10 @@ struct LabelCheck {
 };
 
 // Calls `action` with a value of the target's type, if there are loops for it beside AnyTarget; returns whether. Those
-// take the target as it is: to change it there would cost each of them 1 instruction per element.
+// take every target as it is: to change it there would cost each of them 1 instruction per element.
 template <class Logits, class Action>
 bool choose_target(const Problem& problem, Action&& action) {
-  if (problem.options.changes_target()) return false;
+  if (problem.options.changes_target() || problem.leaves_out()) return false;
   const DType target = problem.target.dtype;
   if (target == DType::Bool || target == DType::UInt8) {
     action(ByteTarget{});
@@ -68,7 +68,13 @@ struct TargetGroup {
 template <class T, int kGroup>
 struct TargetGroup<T, AnyTarget, kGroup> {
   T values[kGroup];
+  uint32_t others;  // bit k is set where element k does not count
 };
+
+// Whether the mask lets an element count.
+FUSED_SCE_INLINE bool is_masked_in(const Problem& problem, int64_t offset) {
+  return !problem.mask || static_cast<const Bool*>(problem.mask.data)[offset].byte != 0;
+}
 
 // Whether load_target() can load all whole groups from element `begin` on wide.
 template <class Target>
@@ -91,9 +97,18 @@ load_target(const Problem& problem, int64_t i, int count, bool wide, LabelCheck&
     visit(problem.target.dtype, [&](auto tag) {
       using Stored = decltype(tag);
       const Pack<Stored, kGroup> pack = load_pack<Stored, kGroup>(problem.target.data, i, count, wide);
-      FUSED_SCE_UNROLL
-      for (int k = 0; k < kGroup; ++k) labels.see(element_of(pack, k));
       unpack(pack, group.values);
+      group.others = 0;
+      if (problem.leaves_out()) {
+        FUSED_SCE_UNROLL
+        for (int k = 0; k < kGroup; ++k) {
+          const bool counts =
+              k < count && is_masked_in(problem, i + k) && !is_ignored(problem.options, group.values[k]);
+          group.others |= uint32_t(!counts) << k;
+        }
+      }
+      FUSED_SCE_UNROLL
+      for (int k = 0; k < kGroup; ++k) labels.see(group.others >> k & 1 ? Stored{} : element_of(pack, k));
     });
   } else {
     group.pack = load_pack<Target, kGroup>(problem.target.data, i, count, wide);
@@ -146,15 +161,25 @@ convert(const Problem& problem, TargetGroup<T, Target, kGroup> group, LabelCheck
   }
 }
 
-// A single target of any type and layout.
+// A single target of any type and layout, and whether its element counts.
 template <class T>
-FUSED_SCE_INLINE T load_target(const Problem& problem, int64_t offset, LabelCheck& labels) {
+struct SingleTarget {
+  T value;
+  bool counts;
+};
+
+template <class T>
+FUSED_SCE_INLINE SingleTarget<T>
+load_target(const Problem& problem, int64_t offset, int64_t mask_offset, LabelCheck& labels) {
+  bool counts = is_masked_in(problem, mask_offset);
   const T value = visit(problem.target.dtype, [&](auto tag) {
     const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[offset];
-    labels.see(stored);
-    return load_as<T>(stored);
+    const T loaded = load_as<T>(stored);
+    counts = counts && !is_ignored(problem.options, loaded);
+    if (counts) labels.see(stored);
+    return loaded;
   });
-  return changed_target(problem.options, value);
+  return {changed_target(problem.options, value), counts};
 }
 
 }  // namespace fused_sce::cuda

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -22,9 +23,9 @@ struct Named {
   IntHeaderOnlyArrayRef strides = {};
 };
 
-// The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, upstream.
+// The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, mask, upstream.
 struct Operands {
-  Named each[5];
+  Named each[6];
   int count = 0;
 
   void add(const char* name, const Tensor& tensor, Operand& operand) { each[count++] = {name, &tensor, &operand}; }
@@ -148,6 +149,14 @@ bool lies_across(const Problem& problem, const Operand& operand, int64_t element
          });
 }
 
+// The ignore_value as targets of a type hold it. A number that these cannot hold equals none of them.
+double as_stored(double value, DType target) {
+  if (target != DType::Float32 && target != DType::BFloat16 && target != DType::Float16) return value;
+  const double stored =
+      visit_floating(target, [&](auto tag) { return load_as<double>(store_as<decltype(tag)>(value)); });
+  return std::isinf(stored) ? value : stored;
+}
+
 // The memory of a tensor: never null, which would mean an absent one.
 const void* data_of(const Tensor& tensor, const char* name) {
   static const char kEmpty = 0;
@@ -254,6 +263,7 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
   operands.add("target", arguments.target, problem.target);
   if (arguments.weight) operands.add("weight", *arguments.weight, problem.weight);
   if (arguments.pos_weight) operands.add("pos_weight", *arguments.pos_weight, problem.pos_weight);
+  if (arguments.mask) operands.add("mask", *arguments.mask, problem.mask);
   const bool has_factor = upstream && is_single(*upstream);
   if (upstream) operands.add("grad_output", *upstream, has_factor ? problem.factor : problem.upstream);
 
@@ -274,6 +284,9 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
       fail(each.name, " of shape ", shape_of(*each.tensor), " does not broadcast to input's shape ", shape_of(input));
     }
     each.operand->dtype = dtype_of(*each.tensor, each.name);
+    if (each.operand == &problem.mask && each.operand->dtype != DType::Bool) {
+      fail("mask must have dtype bool, got ", each.tensor->scalar_type());
+    }
     // Converted here once rather than in every kernel: a weight is small as a rule. A gradient of the loss may be as
     // large as the logits and have their type, so the kernels read that type as well.
     const ScalarType type = each.tensor->scalar_type();
@@ -316,6 +329,7 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
   }
   for (const Named& each : operands) each.operand->data = data_of(*each.tensor, each.name);
 
+  problem.options.ignore_value = as_stored(problem.options.ignore_value, problem.target.dtype);
   if (arguments.count) {
     const Tensor& count = *arguments.count;
     if (count.numel() != 1 || count.scalar_type() != ScalarType::Long) {
@@ -343,7 +357,7 @@ bool check_gradient(const Arguments& arguments, const Layout& layout, const Tens
       data == input.const_data_ptr() && has_strides(input.sizes(), input.strides(), gradient.strides());
   bool is_apart = (is_in_place || !overlap(gradient, input)) && !overlap(gradient, arguments.target) &&
                   !(upstream && overlap(gradient, *upstream));
-  for (const OptionalTensor* factor : {&arguments.weight, &arguments.pos_weight, &arguments.count}) {
+  for (const OptionalTensor* factor : {&arguments.weight, &arguments.pos_weight, &arguments.count, &arguments.mask}) {
     is_apart = is_apart && !(*factor && overlap(gradient, **factor));
   }
   if (!is_apart) fail("gradient overlaps the memory of an argument and is not exactly that of input");

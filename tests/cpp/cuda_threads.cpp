@@ -195,7 +195,8 @@ bool is_16bit(DType dtype) { return dtype == DType::BFloat16 || dtype == DType::
 
 // As the op layer leaves a problem: contiguous operands have strides, too.
 Problem with_strides(Problem problem) {
-  for (Operand* operand : {&problem.logits, &problem.target, &problem.weight, &problem.pos_weight, &problem.upstream}) {
+  for (Operand* operand :
+       {&problem.logits, &problem.target, &problem.weight, &problem.pos_weight, &problem.mask, &problem.upstream}) {
     if (!operand->contiguous) continue;
     int64_t stride = 1;
     for (int dim = problem.ndim - 1; dim >= 0; --dim) {
@@ -304,7 +305,14 @@ double exact_target(const Problem& problem, int64_t i) {
                            : double(changed_target(problem.options, float(target)));
 }
 
+bool counts_at(const Problem& problem, int64_t i) {
+  if (problem.mask && value_at(problem, problem.mask, i) == 0.0) return false;
+  const double target = value_at(problem, problem.target, i);
+  return !(problem.in_double ? is_ignored(problem.options, target) : is_ignored(problem.options, float(target)));
+}
+
 ExactElement exact_element(const Problem& problem, int64_t i) {
+  if (!counts_at(problem, i)) return {};
   const double x = value_at(problem, problem.logits, i);
   const double t = exact_target(problem, i);
   const double weight = value_at(problem, problem.weight, i);
@@ -334,7 +342,7 @@ void expect_near_16bit(const Problem& problem, const Array& got, const std::stri
   for (int64_t i = 0; i < got.length(); ++i) {
     const ExactElement exact = exact_element(problem, i);
     const double t = exact_target(problem, i);
-    const double slack = t == 0.0 || t == 1.0 ? 0.0 : exact.terms * 0x1p-20;
+    const double slack = t == 0.0 || t == 1.0 || exact.terms == 0.0 ? 0.0 : exact.terms * 0x1p-20;
     const double nearest = std::fabs(got.get(i) - exact.gradient) <= slack ? got.get(i) : exact.gradient;
     const double error = ulps_16bit(got.dtype(), got.get(i), nearest);
     const double with_slack = ulps_16bit(got.dtype(), got.get(i), nearest + (got.get(i) > nearest ? slack : -slack));
@@ -358,6 +366,7 @@ struct Bounded {
 Bounded exact_sum(const Problem& problem, int64_t begin, int64_t end) {
   Bounded sum;
   for (int64_t i = begin; i < end; ++i) {
+    if (!counts_at(problem, i)) continue;
     const double loss = exact_element(problem, i).loss;
     sum.value += std::fabs(loss) > 0x1.fffffep127 ? INFINITY : loss;  // as a float, which is what is added up
     const double x = std::fabs(value_at(problem, problem.logits, i));
@@ -654,6 +663,64 @@ void test_weights_in_registers() {
               check(problem, wanted, kFloatTypes[turn % 4], turn / 2 % 2, describe("weights", problem), blocks);
             }
           }
+        }
+      }
+    }
+  }
+}
+
+// What does not count has a loss and a gradient of 0, whatever its values are, and no label is asked of it.
+void test_what_counts() {
+  int turn = 0;
+  for (DType logits_type : kFloatTypes) {
+    for (DType target_type : kAllTypes) {
+      for (int64_t columns : {1, 5, 8, 80, 1003}) {
+        for (int64_t rows : {1, 3, 41}) {
+          ++turn;
+          const int64_t numel = rows * columns;
+          const bool by_value = turn % 3 != 0, by_mask = turn % 3 != 1;
+          const bool is_soft = target_type <= DType::Float16;
+          Array logits(logits_type, numel, turn % 2);
+          Array target(target_type, numel, turn % 4 == 0);
+          Array mask(DType::Bool, numel, turn % 5);
+          const DType computing = computing_type(logits_type, target_type);
+          Array weight(computing, columns);
+          Array upstream(computing, numel);
+          fill_logits(logits, true);
+          fill_target(target);
+          fill_weight(weight);
+          fill_weight(upstream);
+          for (int64_t i = 0; i < numel; ++i) mask.set(i, random_bits() % 3 != 0);
+          Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+          problem.ndim = 2;
+          problem.sizes[0] = rows;
+          problem.sizes[1] = columns;
+          if (by_mask) problem.mask = turn % 2 ? mask.contiguous() : mask.strided({0, 1});
+          if (by_value) {
+            const double value = is_soft ? (turn % 2 ? NAN : -1.0) : target_type == DType::Bool ? 1.0 : 7.0;
+            problem.options.has_ignore_value = true;
+            problem.options.ignore_value = value;
+            for (int64_t i = 0; i < numel; ++i) {
+              if (random_bits() % 3 == 0) target.set(i, value);
+            }
+          }
+          int64_t counted = 0;
+          for (int64_t i = 0; i < numel; ++i) {
+            const bool counts = counts_at(problem, i);
+            counted += counts;
+            if (counts) continue;
+            logits.set(i, i % 2 ? NAN : INFINITY);
+            upstream.set(i, i % 3 ? NAN : INFINITY);
+            if (!by_value && target_type != DType::Bool) target.set(i, 9.0);
+          }
+          if (turn % 2) problem.weight = weight.strided({0, 1});
+          for (Wanted wanted : kAllWanted) {
+            check(problem, wanted, kFloatTypes[turn % 4], turn / 2 % 2, describe("what counts", problem), turn % 2);
+          }
+          const int64_t on_cpu = cpu::kernels().count(problem, 0, cpu::num_chunks(numel));
+          expect(on_cpu == counted, "%s: on the CPU %lld", describe("what counts", problem).c_str(), (long long)on_cpu);
+          problem.upstream = upstream.contiguous();
+          check(problem, Wanted::Gradient, logits_type, 0, describe("what counts, upstream", problem));
         }
       }
     }
@@ -988,22 +1055,14 @@ int main() {
   const struct {
     const char* name;
     void (*run)();
-  } tests[] = {
-      {"launch", test_launch},
-      {"contiguous", test_contiguous},
-      {"grids", test_grids},
-      {"written once", test_written_once},
-      {"strided", test_strided},
-      {"weights", test_weights_in_registers},
-      {"bool", test_any_byte_is_true},
-      {"upstream by row", test_upstream_by_row},
-      {"dimensions", test_dimensions},
-      {"sum order", test_sum_order},
-      {"count", test_count},
-      {"in place", test_in_place},
-      {"rows", test_rows},
-      {"scale", test_scale},
-      {"large", test_large}};
+  } tests[] = {{"launch", test_launch},         {"contiguous", test_contiguous},
+               {"grids", test_grids},           {"written once", test_written_once},
+               {"strided", test_strided},       {"weights", test_weights_in_registers},
+               {"bool", test_any_byte_is_true}, {"upstream by row", test_upstream_by_row},
+               {"dimensions", test_dimensions}, {"sum order", test_sum_order},
+               {"count", test_count},           {"what counts", test_what_counts},
+               {"in place", test_in_place},     {"rows", test_rows},
+               {"scale", test_scale},           {"large", test_large}};
   for (const auto& test : tests) {
     const int failures_before = failures;
     const int64_t checks_before = checks;
