@@ -74,9 +74,9 @@ def check_labels(target: Tensor, mask: Tensor | None = None, ignore_value: float
     target, mask = unwrapped(target), None if mask is None else unwrapped(mask)
     if mask is not None and (target.shape, mask.shape) != shapes:
         return  # vmap's dimensions stand anywhere: which element of the mask belongs to which target?
-    if target.is_floating_point() or target.dtype is torch.bool or not has_memory(target) or target.is_meta:
+    if target.is_floating_point() or target.dtype is torch.bool:
         return
-    if is_tracing():
+    if is_tracing() or not has_memory(target) or target.is_meta:
         return
     wrong = (target != 0) & (target != 1)
     counted = reference.counted(target, mask, ignore_value)

@@ -107,8 +107,9 @@ const T* change_target(const Options& options, int64_t count, const T* target, T
   return buffer;
 }
 
-// Calls `action(i, counts)` for elements [begin, begin + count), of which `target` has the targets: whether each
-// counts. `buffer` is for the mask.
+// Calls `action(i, counts)` for each of the elements [begin, begin + count), whose targets are in `target`. `counts`
+// says whether the element counts; it is is_ignored() and the mask, with all that is the same for every element outside
+// the loop. `buffer` is for the mask.
 template <class T, class Action>
 FUSED_SCE_INLINE void for_each_that_counts(
     const Problem& problem,
