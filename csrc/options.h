@@ -14,8 +14,12 @@ namespace fused_sce {
 //   label_smoothing   (s)
 //   smoothing_prior   (p) A target t becomes (1 - s) t + s p.
 //   ignore_value      a target equal to it (NaN: that is NaN) does not count: see Problem::leaves_out().
-#define FUSED_SCE_OPTIONS \
-  "SymInt divisor=1, float label_smoothing=0.0, float smoothing_prior=0.5, float? ignore_value=None"
+//   gamma_pos, gamma_neg, clip
+//                     of the focal and the asymmetric loss: formulas/focal.h.
+//   alpha             (a) A loss is multiplied by a t + (1 - a) (1 - t).
+#define FUSED_SCE_OPTIONS                                                                              \
+  "SymInt divisor=1, float label_smoothing=0.0, float smoothing_prior=0.5, float? ignore_value=None, " \
+  "float gamma_pos=0.0, float gamma_neg=0.0, float clip=0.0, float? alpha=None"
 
 struct Options {
   double divisor = 1.0;
@@ -23,6 +27,11 @@ struct Options {
   double smoothing_prior = 0.5;
   bool has_ignore_value = false;
   double ignore_value = 0.0;  // as the target's type holds it
+  double gamma_pos = 0.0;
+  double gamma_neg = 0.0;
+  double clip = 0.0;
+  bool has_alpha = false;
+  double alpha = 0.0;
 
   // Takes the options from the values of a call.
   template <class Values>
@@ -31,7 +40,21 @@ struct Options {
     const double label_smoothing = values.template next<double>();
     const double smoothing_prior = values.template next<double>();
     const std::optional<double> ignore_value = values.template next<std::optional<double>>();
-    return {double(divisor), label_smoothing, smoothing_prior, bool(ignore_value), ignore_value.value_or(0.0)};
+    const double gamma_pos = values.template next<double>();
+    const double gamma_neg = values.template next<double>();
+    const double clip = values.template next<double>();
+    const std::optional<double> alpha = values.template next<std::optional<double>>();
+    return {
+        double(divisor),
+        label_smoothing,
+        smoothing_prior,
+        bool(ignore_value),
+        ignore_value.value_or(0.0),
+        gamma_pos,
+        gamma_neg,
+        clip,
+        bool(alpha),
+        alpha.value_or(0.0)};
   }
 
   // Whether a target is not taken as it is.

@@ -47,6 +47,7 @@ struct Problem {
   Operand weight;      // of the type computed in
   Operand pos_weight;  // of the type computed in
   Operand mask;        // bool
+  Operand alpha;       // of the type computed in; instead of options.alpha
   Operand upstream;    // of the type computed in, or of that of the logits
   Operand factor;      // grad_output where it is one value, instead of `upstream`; where the kernel runs
   Options options;
@@ -59,6 +60,13 @@ struct Problem {
 
   // Whether some elements may not count. Those have a loss and a gradient of 0, whatever else belongs to them.
   FUSED_SCE_MEMBER bool leaves_out() const { return options.has_ignore_value || mask; }
+
+  FUSED_SCE_MEMBER bool has_alpha() const { return options.has_alpha || alpha; }
+
+  // Whether the formula is that of focal.h instead of loss.h.
+  FUSED_SCE_MEMBER bool is_focal() const {
+    return options.gamma_pos != 0.0 || options.gamma_neg != 0.0 || options.clip != 0.0 || has_alpha();
+  }
 };
 
 // What divides the gradient and the sums, where `count` can be read.

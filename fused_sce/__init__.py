@@ -8,19 +8,23 @@ from fused_sce import functional, reference
 from fused_sce._patch import patch_torch, unpatch_torch
 from fused_sce.heads import MultiClassHead, MultiLabelHead, replace_head
 from fused_sce.losses import (
+    AsymmetricLoss,
     BCEWithLogitsLoss,
     MultiLabelSoftMarginLoss,
     SigmoidCrossEntropyLoss,
+    SigmoidFocalLoss,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsymmetricLoss",
     "BCEWithLogitsLoss",
     "MultiClassHead",
     "MultiLabelHead",
     "MultiLabelSoftMarginLoss",
     "SigmoidCrossEntropyLoss",
+    "SigmoidFocalLoss",
     "__version__",
     "functional",
     "patch_torch",

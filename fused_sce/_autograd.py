@@ -21,8 +21,11 @@ _backward_out = _ops._sigmoid_cross_entropy_backward_out.default
 _scale_ = direct_call(_ops._scale_.default)
 _count = direct_call(_ops._count.default)
 
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""The first arguments of the ops: input, target, weight, pos_weight, count, mask."""
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""The first arguments of the ops: input, target, weight, pos_weight, count, mask, label_alpha."""
+
+NO_TENSORS = (None,) * 5
+"""For those of them that may be absent."""
 
 Options = tuple[Any, ...]
 """The other arguments in the order of the schema: reduction, dtype, divisor, ... The last ones may be missing."""
@@ -35,12 +38,12 @@ def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
     """The loss by the kernels, recorded by autograd where a gradient is wanted."""
     if not needs_graph(tensors):
         return _without_graph(tensors, options)
-    input, target, weight, pos_weight, _, _ = tensors
+    input, target, weight, pos_weight, _, _, alpha = tensors
     value: Tensor
     if inplace:
         value = SigmoidCrossEntropyInPlace.apply(input, target, tensors[2:], options)[0]
-    elif _requires_gradient(weight) or _requires_gradient(pos_weight):
-        value = SigmoidCrossEntropy.apply(input, target, tensors[2:], options, weight, pos_weight)
+    elif _requires_gradient(weight) or _requires_gradient(pos_weight) or _requires_gradient(alpha):
+        value = SigmoidCrossEntropy.apply(input, target, tensors[2:], options, weight, pos_weight, alpha)
     else:
         value = SigmoidCrossEntropy.apply(input, target, tensors[2:], options)
     return value
@@ -61,9 +64,13 @@ def call_op(tensors: Tensors, options: Options) -> Tensor:
 
 def needs_graph(tensors: Tensors) -> bool:
     """Whether autograd records the call."""
-    input, target, weight, pos_weight, _, _ = tensors
+    input, target, weight, pos_weight, _, _, alpha = tensors
     return torch.is_grad_enabled() and (
-        input.requires_grad or target.requires_grad or _requires_gradient(weight) or _requires_gradient(pos_weight)
+        input.requires_grad
+        or target.requires_grad
+        or _requires_gradient(weight)
+        or _requires_gradient(pos_weight)
+        or _requires_gradient(alpha)
     )
 
 
@@ -93,11 +100,12 @@ def _makes_gradient(ctx: Any, input: Tensor, options: Options) -> bool:
 
 
 class SigmoidCrossEntropy(torch.autograd.Function):
-    """The loss, differentiable in input, target, weight and pos_weight.
+    """The loss, differentiable in input, target, weight, pos_weight and label_alpha.
 
     With `ctx` in forward: a Function with `setup_context`, which `torch.func` asks for, takes twice the time (one row
-    of 8 logits, forward and backward, torch 2.14: 97 us against 45). For the same reason it has few arguments: weight
-    and pos_weight come by themselves, which lets autograd see them, only where one of them requires a gradient.
+    of 8 logits, forward and backward, torch 2.14: 97 us against 45). For the same reason it has few arguments: weight,
+    pos_weight and label_alpha come by themselves, which lets autograd see them, only where one of them requires a
+    gradient.
     """
 
     @staticmethod
@@ -131,7 +139,7 @@ class SigmoidCrossEntropy(torch.autograd.Function):
         made = None  # gives its memory back
         if by_kernel and not (by_target or by_factors):
             return of_input, None, None, None
-        wanted = (by_input and not by_kernel, by_target, *(by_factors or (False, False)))
+        wanted = (by_input and not by_kernel, by_target, *(by_factors or (False, False, False)))
         others = reference.gradients(wanted, grad_output, *tensors, *options)
         return of_input if by_kernel else others[0], others[1], None, None, *others[2 : 2 + len(by_factors)]
 

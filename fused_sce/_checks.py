@@ -18,22 +18,28 @@ _OTHERS = (*_LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int
 
 
 def check_tensors(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, mask: Tensor | None = None
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    mask: Tensor | None = None,
+    alpha: Tensor | None = None,
 ) -> None:
     """Check the tensors of a loss against each other.
 
     Raises:
         TypeError: An argument is no dense tensor, or has a dtype that the kernels do not read.
         ValueError: `target` has another shape than `input`.
-        RuntimeError: `weight`, `pos_weight` or `mask` does not broadcast to `input`'s shape, or a tensor is on another
-            device, or only some are DTensors, or they are on different meshes.
+        RuntimeError: `weight`, `pos_weight`, `mask` or `alpha` does not broadcast to `input`'s shape, or a tensor is on
+            another device, or only some are DTensors, or they are on different meshes.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     check_dense("input", input)
-    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight), ("mask", mask)):
+    factors = {"weight": weight, "pos_weight": pos_weight, "alpha": alpha}
+    for name, tensor in (("target", target), *factors.items(), ("mask", mask)):
         check_dense(name, tensor)
         check_mesh(name, tensor, input)  # before the shapes: a rank's own part has another one than the whole
     changed_places = target.is_floating_point() and not input.is_floating_point()
@@ -44,10 +50,9 @@ def check_tensors(
         )
     check_dtype("target", target)
     check_device("target", target, input)
-    if weight is not None:
-        check_factor("weight", weight, input)
-    if pos_weight is not None:
-        check_factor("pos_weight", pos_weight, input)
+    for name, factor in factors.items():
+        if factor is not None:
+            check_factor(name, factor, input)
     if mask is not None:
         check_factor("mask", mask, input, (torch.bool,))
 
@@ -128,7 +133,7 @@ def shape_hint(input: Tensor, target: Tensor) -> str:
 
 
 def check_factor(name: str, factor: Tensor, input: Tensor, dtypes: tuple[torch.dtype, ...] = _OTHERS) -> None:
-    """Check that `weight`, `pos_weight` or `mask` broadcasts to `input`'s shape."""
+    """Check that `weight`, `pos_weight`, `mask` or `alpha` broadcasts to `input`'s shape."""
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
     check_dtype(name, factor, dtypes)

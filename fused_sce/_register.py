@@ -56,9 +56,9 @@ _library = torch.library.Library("fused_sce", "IMPL")
 
 
 def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Tensor:
-    tensors = (*args, None, None, None, None)[:6]
-    input, target, weight, pos_weight, _, mask = tensors
-    options = tuple(kwargs.get(argument.name, argument.default_value) for argument in _op._schema.arguments[6:])
+    tensors: Any = (*args, *_autograd.NO_TENSORS)[:7]
+    input, target, weight, pos_weight, _, mask, alpha = tensors
+    options = tuple(kwargs.get(argument.name, argument.default_value) for argument in _op._schema.arguments[7:])
     if type(input) is not Tensor or type(target) is not Tensor:
         _sharding.register_for(input, target)
     try:
@@ -69,7 +69,7 @@ def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any)
         value: Tensor = _op.redispatch(keyset & after_autograd, *tensors, **kwargs)
         return value
     except Exception:
-        _checks.check_tensors(input, target, weight, pos_weight, mask)
+        _checks.check_tensors(input, target, weight, pos_weight, mask, alpha)
         _checks.check_labels(target, mask, kwargs.get("ignore_value"))
         raise
 
@@ -117,8 +117,8 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None, *
         None if tensor is None else tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims, strict=False)
     ]
-    *arguments, count, mask = (*batched, None, None, None, None)[:6]
-    arguments.append(mask)
+    *arguments, count, mask, alpha = (*batched, *_autograd.NO_TENSORS)[:7]
+    arguments += [mask, alpha]
     assert arguments[0] is not None
     sample = arguments[0].shape[1:]
     is_sum = options.get("reduction") == "sum"
@@ -132,8 +132,8 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None, *
         if place < 2:
             aligned = aligned.expand(info.batch_size, *aligned.shape[1:])
         arguments[place] = aligned.expand(-1, *sample).reshape(len(aligned), -1) if is_sum else aligned
-    *arguments, mask = arguments
-    loss: Tensor = _op(*arguments, None, mask, **options)
+    *arguments, mask, alpha = arguments
+    loss: Tensor = _op(*arguments, None, mask, alpha, **options)
     if count is not None:
         loss = loss / count.reshape(-1, *(1,) * (loss.dim() - 1)).clamp(min=1)
     return loss, 0

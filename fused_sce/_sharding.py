@@ -96,7 +96,7 @@ def _backward(grad_output: DTensorSpec, input: DTensorSpec, *rest: Any) -> list[
 
 def _arguments(placement: Placement, input: DTensorSpec, *rest: Any) -> list[Placement | None]:
     """The placements of all arguments for this one of the logits. The count of one element broadcasts as a weight."""
-    tensors, options = rest[:5], rest[5:]
+    tensors, options = rest[:6], rest[6:]
     return [placement, *_beside(placement, input, *tensors), *[None] * len(options)]
 
 

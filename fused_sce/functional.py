@@ -33,12 +33,17 @@ from fused_sce._torch_private import (
 )
 
 __all__ = [
+    "asymmetric_loss",
     "binary_cross_entropy_with_logits",
     "multilabel_soft_margin_loss",
     "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
 ]
 
 Arguments = ParamSpec("Arguments")
+
+REDUCTIONS = ("mean", "sum", "none", "sum_classes")
+"""Of the losses that are not torch's."""
 
 Call = tuple[_autograd.Tensors, _autograd.Options, bool]
 """What a loss asks of the op: tensors, options and whether in place. A count of `_COUNTED` is still to be made."""
@@ -52,21 +57,21 @@ def _loss_function(describe: Callable[Arguments, Call]) -> Callable[Arguments, T
     signature = inspect.signature(describe).replace(return_annotation="Tensor")
 
     @functools.wraps(describe)
-    def loss(input: Any, target: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def loss(*args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            return _call_traced(*describe(input, target, *args, **kwargs))
-        tensors = (input, target, *args, *kwargs.values())
+            return _call_traced(*describe(*args, **kwargs))
+        tensors = (*args, *kwargs.values())
         if has_torch_function(tensors):
-            overridden: Tensor = handle_torch_function(loss, tensors, input, target, *args, **kwargs)
+            overridden: Tensor = handle_torch_function(loss, tensors, *args, **kwargs)
             return overridden
         try:
-            return _call(*describe(input, target, *args, **kwargs))
+            return _call(*describe(*args, **kwargs))
         except Exception:
-            _explain(signature, input, target, *args, **kwargs)
+            _explain(signature, *args, **kwargs)
             raise
 
     loss.__signature__ = signature  # type: ignore[attr-defined]
-    return refuse_torchscript(loss)  # type: ignore[return-value]
+    return refuse_torchscript(loss)
 
 
 def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
@@ -75,9 +80,13 @@ def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
     except TypeError:
         return  # what the call itself raised names the function
+    input, target = (arguments.pop(name) for name in list(arguments)[:2])
+    weight, pos_weight, mask, alpha = (arguments.get(name) for name in ("weight", "pos_weight", "mask", "alpha"))
+    if not isinstance(alpha, Tensor):
+        alpha = None
     try:
-        check_tensors(*(arguments.get(name) for name in ("input", "target", "weight", "pos_weight", "mask")))  # type: ignore[arg-type]
-        check_labels(arguments["target"], arguments.get("mask"), arguments.get("ignore_value"))
+        check_tensors(input, target, weight, pos_weight, mask, alpha)
+        check_labels(target, mask, arguments.get("ignore_value"))
     except Exception as explanation:
         raise explanation from None
 
@@ -100,7 +109,7 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     check_reduction(reduction)
-    return (input, target, weight, pos_weight, None, None), _reduced(input, reduction), False
+    return (input, target, weight, pos_weight, None, None, None), _reduced(input, reduction), False
 
 
 @_loss_function
@@ -153,15 +162,149 @@ def sigmoid_cross_entropy(
         RuntimeError: `weight`, `pos_weight` or `mask` does not broadcast, tensors are on different devices, or
             `inplace` would overwrite a leaf that requires grad.
     """
-    check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
+    return _described(
+        (input, target, weight, pos_weight, None, mask, None),
+        reduction,
+        (label_smoothing, smoothing_prior, ignore_value),
+        inplace,
+    )
+
+
+@_loss_function
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float | Tensor | None = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    smoothing_prior: float = 0.5,
+    ignore_value: float | None = None,
+    inplace: bool = False,
+) -> Call:
+    """Focal loss: `torchvision.ops.sigmoid_focal_loss`, fused and right in both tails.
+
+    The loss of an element is `alpha_t (1 - p_t)^gamma` times its sigmoid cross-entropy, where `1 - p_t = t sigmoid(-x)
+    + (1 - t) sigmoid(x)` and `alpha_t = alpha t + (1 - alpha) (1 - t)` (T. Lin et al., Focal Loss for Dense Object
+    Detection, 2017). `gamma` = 0 without alpha is `sigmoid_cross_entropy`, bit for bit.
+
+    Args:
+        inputs: logits, any shape, float32, float64, bfloat16 or float16.
+        targets: same shape, in [0, 1]; of these dtypes, bool, uint8 or a signed integer.
+        alpha: in [0, 1]; -1 or None: without alpha_t. A tensor broadcasts to the shape of `inputs`, usually one value
+            per label, and may require a gradient.
+        gamma: at least 0; an integer up to 7 is the fastest.
+        reduction: "none", "mean", "sum" or "sum_classes".
+        weight: as in `sigmoid_cross_entropy`, and so are the following.
+        pos_weight: factor of the positive term.
+        mask: bool; where it is False, an element does not count.
+        label_smoothing: in [0, 1].
+        smoothing_prior: in [0, 1].
+        ignore_value: a target that does not count.
+        inplace: the gradient overwrites the memory of the logits.
+
+    Returns:
+        The loss: a scalar, or of the shape of `inputs` for "none". Its dtype is that to which torch promotes inputs and
+        targets; under autocast float32, or float64 for float64 targets.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As in `sigmoid_cross_entropy`, and for `alpha` and `gamma`.
+    """
+    check_gammas(gamma=gamma)
+    label_alpha = alpha if isinstance(alpha, Tensor) else None
+    return _described(
+        (inputs, targets, weight, pos_weight, None, mask, label_alpha),
+        reduction,
+        (label_smoothing, smoothing_prior, ignore_value, gamma, gamma, 0.0, check_alpha(alpha)),
+        inplace,
+        promotes=True,
+    )
+
+
+@_loss_function
+def asymmetric_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 1.0,
+    clip: float | None = 0.05,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_prior: float = 0.5,
+    ignore_value: float | None = None,
+    inplace: bool = False,
+) -> Call:
+    """Asymmetric loss: timm's `AsymmetricLossMultiLabel`, fused and right in both tails.
+
+    With `q = max(sigmoid(x) - clip, 0)` the loss of an element is `m^g (pos_weight t softplus(-x) - (1 - t) log(1 -
+    q))`, where `m = t sigmoid(-x) + (1 - t) q` and `g = gamma_pos t + gamma_neg (1 - t)` (E. Ben-Baruch et al.,
+    Asymmetric Loss for Multi-Label Classification, 2020). With gammas and clip of 0 it is `sigmoid_cross_entropy`, bit
+    for bit.
+
+    Args:
+        input: logits, any shape, float32, float64, bfloat16 or float16.
+        target: same shape, in [0, 1]; of these dtypes, bool, uint8 or a signed integer.
+        gamma_neg: of negatives, at least 0; integers up to 7 are the fastest.
+        gamma_pos: of positives.
+        clip: in [0, 1): a negative with at most this probability has a loss of 0. None is 0.
+        reduction: "none", "mean", "sum" or "sum_classes", which is timm's default, "batchmean".
+        weight: as in `sigmoid_cross_entropy`, and so are the following.
+        pos_weight: factor of the positive term.
+        mask: bool; where it is False, an element does not count.
+        label_smoothing: in [0, 1].
+        smoothing_prior: in [0, 1].
+        ignore_value: a target that does not count.
+        inplace: the gradient overwrites the memory of the logits.
+
+    Returns:
+        As `sigmoid_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As in `sigmoid_cross_entropy`, and for `gamma_neg`, `gamma_pos` and `clip`.
+    """
+    check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
+    return _described(
+        (input, target, weight, pos_weight, None, mask, None),
+        reduction,
+        (label_smoothing, smoothing_prior, ignore_value, gamma_pos, gamma_neg, check_clip(clip)),
+        inplace,
+    )
+
+
+def _described(
+    tensors: _autograd.Tensors,
+    reduction: str,
+    options: tuple[Any, ...],
+    inplace: bool,
+    promotes: bool = False,
+) -> Call:
+    """The call of a loss of ours. `options` are the op's from `label_smoothing` on.
+
+    `promotes`: the dtype of the loss is that to which torch promotes input and target.
+    """
+    input, target, weight, pos_weight, count, mask, label_alpha = tensors
+    label_smoothing, smoothing_prior, ignore_value = options[:3]
+    check_reduction(reduction, REDUCTIONS)
     check_smoothing(label_smoothing, smoothing_prior)
     check_ignore_value(ignore_value)
     rows, dtype, divisor = _reduced(input, reduction)
-    count = None
+    if promotes and input.dtype != target.dtype and autocast_dtype(input, target) is None:
+        dtype = torch.promote_types(input.dtype, target.dtype)
     if reduction == "mean" and (mask is not None or ignore_value is not None):
         count, divisor = _COUNTED, 1
-    options = (rows, dtype, divisor, label_smoothing, smoothing_prior, ignore_value)
-    return (input, target, weight, pos_weight, count, mask), options, inplace
+    return (
+        (input, target, weight, pos_weight, count, mask, label_alpha),
+        (rows, dtype, divisor, *options),
+        inplace,
+    )
 
 
 @_loss_function
@@ -201,7 +344,7 @@ def multilabel_soft_margin_loss(
     if divisor == 0 and reduction == "sum" and input.shape[:-1].numel() == 0:
         divisor = 1  # the sum of no samples is 0, as torch's, not 0 / 0
     options = ("rows" if reduction == "none" else "sum", dtype, divisor)
-    return (input, target, weight, None, None, None), options, False
+    return (input, target, weight, None, None, None, None), options, False
 
 
 def check_ignore_value(ignore_value: float | None) -> None:
@@ -212,6 +355,52 @@ def check_ignore_value(ignore_value: float | None) -> None:
     """
     if ignore_value is not None and not isinstance(ignore_value, float | int | torch.SymFloat):
         raise TypeError(f"ignore_value must be a number or None, got {type(ignore_value).__name__}")
+
+
+def check_gammas(**gammas: float) -> None:
+    """Check the exponents of a focal or asymmetric loss.
+
+    Raises:
+        TypeError: One of them is no number.
+        ValueError: One of them is negative, infinite or NaN.
+    """
+    for name, value in gammas.items():
+        if not isinstance(value, float | int | torch.SymFloat):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def check_clip(clip: float | None) -> float:
+    """Check that option of `asymmetric_loss`, and give its number.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not in [0, 1).
+    """
+    if clip is None:
+        return 0.0
+    if not isinstance(clip, float | int | torch.SymFloat):
+        raise TypeError(f"clip must be a number or None, got {type(clip).__name__}")
+    if not 0.0 <= clip < 1.0:
+        raise ValueError(f"clip must be in [0, 1), got {clip}")
+    return clip
+
+
+def check_alpha(alpha: float | Tensor | None) -> float | None:
+    """Check that argument of `sigmoid_focal_loss`, and give the op's option.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor.
+        ValueError: It is a number, but neither in [0, 1] nor -1.
+    """
+    if alpha is None or isinstance(alpha, Tensor):
+        return None
+    if not isinstance(alpha, float | int | torch.SymFloat):
+        raise TypeError(f"alpha must be a number, a tensor or None, got {type(alpha).__name__}")
+    if not 0.0 <= alpha <= 1.0 and alpha != -1.0:
+        raise ValueError(f"alpha must be in [0, 1], or -1 for none, got {alpha}")
+    return None if alpha == -1.0 else alpha
 
 
 def check_smoothing(label_smoothing: float, smoothing_prior: float) -> None:
@@ -248,21 +437,21 @@ _IGNORE_VALUE = _autograd.OPTIONS.index("ignore_value")
 
 def _with_count(tensors: _autograd.Tensors, options: _autograd.Options, by_kernel: bool) -> _autograd.Tensors:
     """The tensors with the count that they ask for."""
-    input, target, weight, pos_weight, count, mask = tensors
+    input, target, weight, pos_weight, count, mask, label_alpha = tensors
     if count is not _COUNTED:
         return tensors
     if by_kernel:
-        count = _autograd.count((input, target, None, None, None, mask), options)
+        count = _autograd.count((input, target, None, None, None, mask, None), options)
     else:
         counted = reference.counted(target.detach(), mask, options[_IGNORE_VALUE])
         assert counted is not None
         count = counted.expand(input.shape).sum()
-    return input, target, weight, pos_weight, count, mask
+    return input, target, weight, pos_weight, count, mask, label_alpha
 
 
 def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
     """Dispatch a call. `is_usual` holds in ordinary training, where each microsecond counts."""
-    input, target, weight, pos_weight, count, mask = tensors
+    input, target, weight, pos_weight, count, mask, label_alpha = tensors
     is_usual = (
         type(input) is Tensor
         and type(target) is Tensor
@@ -271,7 +460,7 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
     )
     if not is_usual:
         _sharding.register()  # they may be DTensors
-        check_tensors(input, target, weight, pos_weight, mask)
+        check_tensors(input, target, weight, pos_weight, mask, label_alpha)
         options = _with_autocast(tensors, options)
     if count is not None:
         tensors = _with_count(tensors, options, is_usual and input.is_cpu)
@@ -283,13 +472,13 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
         if is_transforming():  # by vmap alone
             return _autograd.call_op(tensors, options)
     if inplace:
-        inplace = _can_overwrite(*tensors[:4])
+        inplace = _can_overwrite(*tensors[:4], label_alpha)
     return _autograd.loss(tensors, options, inplace)
 
 
 def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool) -> Tensor:
     """The op as one node of a graph, or the reference."""
-    check_tensors(*tensors[:4], tensors[5])
+    check_tensors(*tensors[:4], *tensors[5:])
     options = _with_autocast(tensors, options)
     tensors = _with_count(tensors, options, by_kernel=False)
     if is_transforming() or _needs_reference(tensors[0]):
@@ -328,7 +517,9 @@ def _warn_without_kernels(device_type: str) -> None:
     )
 
 
-def _can_overwrite(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> bool:
+def _can_overwrite(
+    logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, alpha: Tensor | None
+) -> bool:
     """Whether the gradient can lie in the memory of the logits.
 
     Raises:
@@ -342,7 +533,8 @@ def _can_overwrite(logits: Tensor, target: Tensor, weight: Tensor | None, pos_we
             "inplace=True would overwrite a leaf tensor that requires grad, or a view of one, with its gradient: pass "
             "the output of a layer, or use inplace=False"
         )
-    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+    others = {"target": target, "weight": weight, "pos_weight": pos_weight, "alpha": alpha}
+    for name, tensor in others.items():
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(
                 f"inplace=True has no gradient by {name}: it overwrites the logits, which that needs. Use inplace=False"

@@ -1,13 +1,21 @@
 """The losses as modules, with the constructors and attributes of torch's."""
 
 # Without `from __future__ import annotations`: the signatures are those of torch's modules.
+from typing import Any
+
 from torch import Tensor, nn
 
 from fused_sce import functional
 from fused_sce._checks import check_reduction
 from fused_sce._torch_private import refuse_torchscript
 
-__all__ = ["BCEWithLogitsLoss", "MultiLabelSoftMarginLoss", "SigmoidCrossEntropyLoss"]
+__all__ = [
+    "AsymmetricLoss",
+    "BCEWithLogitsLoss",
+    "MultiLabelSoftMarginLoss",
+    "SigmoidCrossEntropyLoss",
+    "SigmoidFocalLoss",
+]
 
 
 class _KeepsParameters(nn.Module):
@@ -65,17 +73,8 @@ class MultiLabelSoftMarginLoss(_KeepsParameters, nn.MultiLabelSoftMarginLoss):
         return functional.multilabel_soft_margin_loss(input, target, weight, reduction=self.reduction)
 
 
-@refuse_torchscript
-class SigmoidCrossEntropyLoss(_KeepsParameters):
-    """Sigmoid cross-entropy with all options of the kernels.
-
-    `weight` and `pos_weight` are buffers, or parameters if they are given as such. All arguments, shapes and errors of
-    a call are those of `fused_sce.functional.sigmoid_cross_entropy`.
-
-    Raises:
-        TypeError: `weight` or `pos_weight` is no tensor.
-        ValueError: `reduction` is unknown, or `label_smoothing` or `smoothing_prior` is not in [0, 1].
-    """
+class _SigmoidLoss(_KeepsParameters):
+    """What our own losses have in common: factors, the reduction and the options of the target."""
 
     weight: Tensor | None
     pos_weight: Tensor | None
@@ -87,17 +86,16 @@ class SigmoidCrossEntropyLoss(_KeepsParameters):
 
     def __init__(
         self,
-        *,
-        weight: Tensor | None = None,
-        pos_weight: Tensor | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        smoothing_prior: float = 0.5,
-        ignore_value: float | None = None,
-        inplace: bool = False,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        reduction: str,
+        label_smoothing: float,
+        smoothing_prior: float,
+        ignore_value: float | None,
+        inplace: bool,
     ) -> None:
         super().__init__()
-        check_reduction(reduction, ("mean", "sum", "none", "sum_classes"))
+        check_reduction(reduction, functional.REDUCTIONS)
         functional.check_smoothing(label_smoothing, smoothing_prior)
         functional.check_ignore_value(ignore_value)
         for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
@@ -111,20 +109,16 @@ class SigmoidCrossEntropyLoss(_KeepsParameters):
         self.ignore_value = ignore_value
         self.inplace = inplace
 
-    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss of logits `input` for `target`, of the elements for which `mask` is True."""
-        return functional.sigmoid_cross_entropy(
-            input,
-            target,
-            weight=_factor(self, "weight"),
-            pos_weight=_factor(self, "pos_weight"),
-            mask=mask,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            smoothing_prior=self.smoothing_prior,
-            ignore_value=self.ignore_value,
-            inplace=self.inplace,
-        )
+    def _options(self) -> dict[str, Any]:
+        return {
+            "weight": _factor(self, "weight"),
+            "pos_weight": _factor(self, "pos_weight"),
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "smoothing_prior": self.smoothing_prior,
+            "ignore_value": self.ignore_value,
+            "inplace": self.inplace,
+        }
 
     def extra_repr(self) -> str:
         """The arguments shown in the module's repr."""
@@ -134,3 +128,130 @@ class SigmoidCrossEntropyLoss(_KeepsParameters):
         if self.ignore_value is not None:
             shown += f", ignore_value={self.ignore_value}"
         return shown + (", inplace=True" if self.inplace else "")
+
+
+@refuse_torchscript
+class SigmoidCrossEntropyLoss(_SigmoidLoss):
+    """Sigmoid cross-entropy with all options of the kernels.
+
+    `weight` and `pos_weight` are buffers, or parameters if they are given as such. All arguments, shapes and errors of
+    a call are those of `fused_sce.functional.sigmoid_cross_entropy`.
+
+    Raises:
+        TypeError: `weight` or `pos_weight` is no tensor.
+        ValueError: `reduction` is unknown, or `label_smoothing` or `smoothing_prior` is not in [0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        smoothing_prior: float = 0.5,
+        ignore_value: float | None = None,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, pos_weight, reduction, label_smoothing, smoothing_prior, ignore_value, inplace)
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of logits `input` for `target`, of the elements for which `mask` is True."""
+        return functional.sigmoid_cross_entropy(input, target, mask=mask, **self._options())
+
+
+@refuse_torchscript
+class SigmoidFocalLoss(_SigmoidLoss):
+    """Focal loss: `torchvision.ops.sigmoid_focal_loss` as a module, fused and right in both tails.
+
+    `alpha`, if it is a tensor, `weight` and `pos_weight` are buffers, or parameters if they are given as such. All
+    arguments, shapes and errors of a call are those of `fused_sce.functional.sigmoid_focal_loss`, with the reduction
+    "mean" by default.
+
+    Raises:
+        TypeError: `weight` or `pos_weight` is no tensor, `alpha` neither a number nor a tensor, or `gamma` no number.
+        ValueError: `reduction` is unknown, or a number is out of its range.
+    """
+
+    alpha: float | Tensor | None
+
+    def __init__(
+        self,
+        alpha: float | Tensor | None = 0.25,
+        gamma: float = 2.0,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        smoothing_prior: float = 0.5,
+        ignore_value: float | None = None,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, pos_weight, reduction, label_smoothing, smoothing_prior, ignore_value, inplace)
+        functional.check_gammas(gamma=gamma)
+        functional.check_alpha(alpha)
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha
+        self.gamma = gamma
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of logits `input` for `target`, of the elements for which `mask` is True."""
+        return functional.sigmoid_focal_loss(input, target, self.alpha, self.gamma, mask=mask, **self._options())
+
+    def extra_repr(self) -> str:
+        """The arguments shown in the module's repr."""
+        alpha = f"tensor of shape {tuple(self.alpha.shape)}" if isinstance(self.alpha, Tensor) else self.alpha
+        return f"alpha={alpha}, gamma={self.gamma}, {super().extra_repr()}"
+
+
+@refuse_torchscript
+class AsymmetricLoss(_SigmoidLoss):
+    """Asymmetric loss: timm's `AsymmetricLossMultiLabel`, fused and right in both tails.
+
+    `weight` and `pos_weight` are buffers, or parameters if they are given as such. All arguments, shapes and errors of
+    a call are those of `fused_sce.functional.asymmetric_loss`.
+
+    Raises:
+        TypeError: `weight` or `pos_weight` is no tensor, or an option no number.
+        ValueError: `reduction` is unknown, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        gamma_neg: float = 4.0,
+        gamma_pos: float = 1.0,
+        clip: float | None = 0.05,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        smoothing_prior: float = 0.5,
+        ignore_value: float | None = None,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, pos_weight, reduction, label_smoothing, smoothing_prior, ignore_value, inplace)
+        functional.check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
+        functional.check_clip(clip)
+        self.gamma_neg = gamma_neg
+        self.gamma_pos = gamma_pos
+        self.clip = clip
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of logits `input` for `target`, of the elements for which `mask` is True."""
+        return functional.asymmetric_loss(
+            input,
+            target,
+            gamma_neg=self.gamma_neg,
+            gamma_pos=self.gamma_pos,
+            clip=self.clip,
+            mask=mask,
+            **self._options(),
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments shown in the module's repr."""
+        return f"gamma_neg={self.gamma_neg}, gamma_pos={self.gamma_pos}, clip={self.clip}, {super().extra_repr()}"

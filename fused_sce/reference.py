@@ -8,14 +8,15 @@ dozen kernels and as many temporaries.
 `gradients` are the derivatives written out, right for infinite arguments too, where automatic differentiation of the
 loss adds up terms and gives inf - inf.
 
-Shapes: input and target (any shape, the same for both); weight, pos_weight and mask broadcast to it; count has one
-element.
+Shapes: input and target (any shape, the same for both); weight, pos_weight, mask and label_alpha broadcast to it; count
+has one element.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,16 +34,22 @@ def sigmoid_cross_entropy(
     pos_weight: Tensor | None = None,
     count: Tensor | None = None,
     mask: Tensor | None = None,
+    label_alpha: Tensor | None = None,
     reduction: str = "none",
     dtype: torch.dtype | None = None,
     divisor: int = 1,
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
     ignore_value: float | None = None,
+    gamma_pos: float = 0.0,
+    gamma_neg: float = 0.0,
+    clip: float = 0.0,
+    alpha: float | None = None,
 ) -> Tensor:
-    """The loss `weight * ((1 - t) softplus(x) + pos_weight t softplus(-x))`.
+    """The loss `weight alpha m^g (pos_weight t softplus(-x) - (1 - t) log(1 - q))`, where `softplus(x) = log(1 + e^x)`.
 
-    `softplus(x) = max(x, 0) + log1p(exp(-|x|))`.
+    `q = max(sigmoid(x) - clip, 0)`, `m = t sigmoid(-x) + (1 - t) q`, `g = gamma_pos t + gamma_neg (1 - t)`,
+    `alpha = a t + (1 - a) (1 - t)`. Without gammas, clip and alpha it is the sigmoid cross-entropy.
     A factor of 0 leaves out what it multiplies, infinities and NaN included, also from derivatives.
 
     Args:
@@ -52,12 +59,17 @@ def sigmoid_cross_entropy(
         pos_weight: factor of the positive term.
         count: int64; divides the loss as well. 0 divides as 1.
         mask: bool; where it is false, an element does not count: its loss and gradients are 0.
+        label_alpha: a, instead of `alpha`.
         reduction: "none", "rows" (sum over the last dimension) or "sum" (over all).
         dtype: of the result; default `result_dtype(input, target)`.
         divisor: divides the loss.
         label_smoothing: s in [0, 1].
         smoothing_prior: p in [0, 1]; the target t becomes `(1 - s) t + s p`.
         ignore_value: where the target equals it, or is NaN as it is, an element does not count.
+        gamma_pos: not negative, as `gamma_neg`.
+        gamma_neg: both make easy elements weigh less.
+        clip: in [0, 1).
+        alpha: a; None: the factor alpha is 1.
 
     Returns:
         A tensor of shape `input.shape`, `input.shape[:-1]` or ().
@@ -65,7 +77,8 @@ def sigmoid_cross_entropy(
     x, t = _computable(input, target, label_smoothing, smoothing_prior)
     counts = counted(target, mask, ignore_value)
     w, p = _weight(weight, counts, x), _factor(pos_weight, x)
-    loss = _without_weight(*_parts(x, t, w, p))
+    focus = _focus(gamma_pos, gamma_neg, clip, alpha, label_alpha, x)
+    loss = _without_weight(*_parts(x, t, w, p), focus)
     if w is not None:
         loss = _product(w, loss)
     # Not summed in float32, where the sum overflows before the mean.
@@ -86,14 +99,19 @@ def gradients(
     pos_weight: Tensor | None,
     count: Tensor | None,
     mask: Tensor | None,
+    label_alpha: Tensor | None,
     reduction: str,
     dtype: torch.dtype | None,
     divisor: int,
     label_smoothing: float = 0.0,
     smoothing_prior: float = 0.5,
     ignore_value: float | None = None,
+    gamma_pos: float = 0.0,
+    gamma_neg: float = 0.0,
+    clip: float = 0.0,
+    alpha: float | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by input, target, weight and pos_weight, as far as they are wanted.
+    """The gradients by input, target, weight, pos_weight and label_alpha, as far as they are wanted.
 
     They are differentiable, for second derivatives. What a factor of 0 leaves out adds nothing to any of them.
     `grad_output` is the gradient of the loss, as it broadcasts to the input's shape; the arguments after it are those
@@ -106,37 +124,49 @@ def gradients(
     if counts is not None:
         upstream = torch.where(counts, upstream, 0)
     of_loss = _divided(upstream if w is None else _product_of_factors(upstream, w), divisor, count)
-    by_input = by_target = by_weight = by_pos_weight = None
+    focus = _focus(gamma_pos, gamma_neg, clip, alpha, label_alpha, x)
+    by_input = by_target = by_weight = by_pos_weight = by_alpha = None
     if wanted[2]:
         assert weight is not None
         assert w is not None
-        by_w = _left_out(_without_weight(*_parts(x, t, None, p)), w == 0)
+        by_w = _left_out(_without_weight(*_parts(x, t, None, p), focus), w == 0)
         by_weight = _summed_to(_product(_divided(upstream, divisor, count), by_w), weight)
     given = x
     x, t, is_negative, slope, other = _parts(x, t, w, p)
     size, log1p_e = _size_and_log1p(x)
-    if wanted[0]:
-        e = torch.exp(-size)
-        smaller = e / (1 + e)
-        by_size = slope - smaller if other is None else _product(slope, 1 - smaller) - _product(other, smaller)
-        by_input = _product(of_loss, torch.where(is_negative, -by_size, by_size)).to(input.dtype)
+    smaller = torch.exp(-size) / (1 + torch.exp(-size))
     # What multiplies pos_weight t and 1 - t, 0 where that left out the logit.
     is_left_out = torch.isfinite(x) & ~torch.isfinite(given)
     positive_part = torch.where(is_negative, size + log1p_e, log1p_e).masked_fill(is_left_out, 0)
     negative_part = torch.where(is_negative, log1p_e, size + log1p_e).masked_fill(is_left_out, 0)
+    by_size = slope - smaller if other is None else _product(slope, 1 - smaller) - _product(other, smaller)
+    by_x = torch.where(is_negative, -by_size, by_size)
+    if p is None:
+        by_t = _left_out(-x, (slope == 0) & ~torch.isnan(x))
+    else:
+        by_t = _left_out(_product(p, positive_part), t == 0) - _left_out(negative_part, t == 1)
+    by_p = None if p is None else _left_out(_product(t, positive_part), p == 0)
+    if focus is not None:
+        parts = _FocalParts(focus, x, t, is_negative, slope, other)
+        if clip:
+            by_t = _left_out(positive_part if p is None else _product(p, positive_part), t == 0)
+            by_t = by_t - _left_out(parts.of_negative.masked_fill(is_left_out, 0), t == 1)
+        by_x, by_t = parts.by_x(by_x), parts.by_t(by_t)
+        by_p = None if by_p is None else _product_of_factors(parts.factor, by_p)
+        if wanted[4]:
+            assert label_alpha is not None
+            by_a = _product(2 * t - 1, _product_of_factors(parts.modulating, parts.loss))
+            by_alpha = _summed_to(_product(of_loss, by_a), label_alpha)
+    if wanted[0]:
+        by_input = _product(of_loss, by_x).to(input.dtype)
     if wanted[1]:
-        if p is None:
-            by_t = _left_out(-x, (slope == 0) & ~torch.isnan(x))
-        else:
-            by_t = _left_out(_product(p, positive_part), t == 0) - _left_out(negative_part, t == 1)
         kept = 1 - label_smoothing
         by_target = (_product(of_loss, kept * by_t) if kept else torch.zeros_like(by_t)).to(target.dtype)
     if wanted[3]:
         assert pos_weight is not None
-        assert p is not None
-        by_p = _left_out(_product(t, positive_part), p == 0)
+        assert by_p is not None
         by_pos_weight = _summed_to(_product(of_loss, by_p), pos_weight)
-    return by_input, by_target, by_weight, by_pos_weight
+    return by_input, by_target, by_weight, by_pos_weight, by_alpha
 
 
 def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -> tuple[Tensor, Tensor]:
@@ -219,8 +249,17 @@ def _parts(
     return _left_out(x, (slope == 0) & (other == 0)), t, is_negative, slope, other
 
 
-def _without_weight(x: Tensor, t: Tensor, is_negative: Tensor, slope: Tensor, other: Tensor | None) -> Tensor:
+def _without_weight(
+    x: Tensor, t: Tensor, is_negative: Tensor, slope: Tensor, other: Tensor | None, focus: _Focus | None
+) -> Tensor:
     """The loss of each element from its parts, without weight."""
+    if focus is None:
+        return _cross_entropy(x, slope, other)
+    parts = _FocalParts(focus, x, t, is_negative, slope, other)
+    return _product_of_factors(parts.factor, parts.loss)
+
+
+def _cross_entropy(x: Tensor, slope: Tensor, other: Tensor | None) -> Tensor:
     size, log1p_e = _size_and_log1p(x)
     if other is None:
         return _product(slope, size) + log1p_e
@@ -231,3 +270,98 @@ def _size_and_log1p(x: Tensor) -> tuple[Tensor, Tensor]:
     """|x|, whose derivative at 0 is 1 where torch.abs has 0, and `log1p(exp(-|x|)) = softplus(-|x|)`."""
     size = torch.where(x < 0, -x, x)
     return size, torch.log1p(torch.exp(-size))
+
+
+class _Focus(NamedTuple):
+    """The options of the focal and the asymmetric loss."""
+
+    gamma_pos: float
+    gamma_neg: float
+    clip: float
+    alpha: Tensor | float | None
+
+
+def _focus(
+    gamma_pos: float, gamma_neg: float, clip: float, alpha: float | None, label_alpha: Tensor | None, x: Tensor
+) -> _Focus | None:
+    """The options; None: they change nothing."""
+    given = alpha if label_alpha is None else label_alpha.to(x.dtype)
+    if not (gamma_pos or gamma_neg or clip or given is not None):
+        return None
+    return _Focus(gamma_pos, gamma_neg, clip, given)
+
+
+class _FocalParts:
+    """What both losses are made of; notation of `sigmoid_cross_entropy`, and c is its last factor.
+
+    `loss` is c, `modulating` m^g and `factor` alpha m^g.
+    """
+
+    def __init__(
+        self, focus: _Focus, x: Tensor, t: Tensor, is_negative: Tensor, slope: Tensor, other: Tensor | None
+    ) -> None:
+        self.focus, self.t = focus, t
+        clip = focus.clip
+        size, log1p_e = _size_and_log1p(x)
+        e = torch.exp(-size)
+        smaller, larger = e / (1 + e), 1 / (1 + e)
+        self.rest = rest = torch.where(is_negative, larger, smaller)  # sigmoid(-x)
+        probability = torch.where(is_negative, smaller, larger)
+        softplus = torch.where(is_negative, log1p_e, size + log1p_e)
+        softplus_of_minus = torch.where(is_negative, size + log1p_e, log1p_e)
+        self.both = smaller * larger
+        self.q, self.is_clipped = probability, torch.zeros_like(is_negative)
+        log_q = -softplus_of_minus
+        self.loss = _cross_entropy(x, slope, other)
+        self.of_negative = softplus
+        if clip:
+            self.is_clipped = probability <= clip
+            self.q = torch.where(self.is_clipped, 0, probability - clip)
+            is_small = self.q <= 0.5
+            self.of_negative = -torch.where(
+                is_small, torch.log1p(-torch.where(is_small, self.q, 0)), torch.log(rest + clip)
+            )
+            log_q = torch.log(torch.where(self.is_clipped, 1, self.q))
+            positive = t if other is None else torch.where(is_negative, slope, other)
+            self.loss = _product(positive, softplus_of_minus) + _product(1 - t, self.of_negative)
+            self.positive = positive
+        self.base = t * rest + (1 - t) * self.q
+        # m^g and m' / m by m, or by their logarithms where m has lost its precision or is 0.
+        tiny = torch.finfo(x.dtype).smallest_normal
+        self.is_normal = is_normal = (self.base >= tiny) | torch.isnan(self.base)
+        self.base_or_1 = base = torch.where(is_normal, self.base, 1)
+        is_zero = self.base == 0
+        log_base = torch.log(torch.where(is_zero, 1, self.base))
+        log_base = torch.where(t == 1, -softplus, torch.where(t == 0, log_q, log_base))
+        self.log_base = torch.where(is_normal, torch.log(base), log_base)
+        difference = focus.gamma_pos - focus.gamma_neg
+        self.gamma = gamma = focus.gamma_neg + difference * t if difference else torch.full_like(t, focus.gamma_neg)
+        by_logarithm = torch.exp(_product(gamma, self.log_base))
+        if clip:
+            by_logarithm = torch.where(self.is_clipped & is_zero & (gamma != 0), 0, by_logarithm)
+        self.modulating = torch.where(is_normal, base**gamma, by_logarithm)
+        slope_of_base = torch.where(self.is_clipped, -t, 1 - 2 * t) * self.both
+        at_label = torch.where(t == 1, -probability, torch.where(self.is_clipped, 0, rest))
+        self.rate = gamma * torch.where(is_normal, slope_of_base / base, at_label)
+        alpha = focus.alpha
+        self.factor = self.modulating
+        if alpha is not None:
+            self.factor = _product_of_factors(alpha * t + (1 - alpha) * (1 - t), self.modulating)
+
+    def by_x(self, of_loss: Tensor) -> Tensor:
+        """The derivative by x from that of c, unless there is a clip."""
+        if self.focus.clip:
+            negative_slope = torch.where(self.is_clipped, 0, self.both / (self.rest + self.focus.clip))
+            of_loss = _product(1 - self.t, negative_slope) - _product(self.positive, self.rest)
+        return _product_of_factors(self.factor, of_loss + _product_of_factors(self.rate, self.loss))
+
+    def by_t(self, of_loss: Tensor) -> Tensor:
+        """The derivative by t from that of c."""
+        focus, alpha = self.focus, self.focus.alpha
+        relative = self.gamma * (self.rest - self.q) / torch.where(self.base == 0, 1, self.base)
+        if focus.gamma_pos != focus.gamma_neg:
+            relative = relative + (focus.gamma_pos - focus.gamma_neg) * self.log_base
+        by_t = _product_of_factors(self.factor, of_loss + _product_of_factors(relative, self.loss))
+        if alpha is None:
+            return by_t
+        return by_t + _product_of_factors((2 * alpha - 1) * self.modulating, self.loss)

@@ -187,6 +187,161 @@ def test_zeros_infinities_and_nan(formulas: ModuleType, dtype: str, with_pos_wei
     np.testing.assert_array_equal(got_gradient, gradient)
 
 
+# gamma_pos, gamma_neg, clip: small integers with and without lowering, others, and large ones
+FOCUSES = [
+    (2, 2, 0.0), (0, 0, 0.0), (1, 4, 0.05), (0, 4, 0.05), (7, 5, 0.0), (3, 1, 0.3), (2, 0, 0.1), (0.5, 2.5, 0.0),
+    (1, 0.5, 0.05), (0.3, 1.7, 0.7), (9, 8.5, 0.05), (40, 40, 0.0),
+]  # fmt: skip
+
+
+def exact_focal(
+    x: np.ndarray, t: np.ndarray, focus: tuple[float, float, float], pos_weight: Any = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Loss and gradient, the sums of the sizes of their terms but for the power, that, and the bound of both in ULP."""
+    gamma_pos, gamma_neg, clip = (np.asarray(value, x.dtype) for value in focus)
+    size = np.abs(x)
+    log, smaller = np.log1p(np.exp(-size)), np.exp(-size) / (1 + np.exp(-size))
+    p, s = np.where(x < 0, smaller, 1 / (1 + np.exp(-size))), np.where(x < 0, 1 / (1 + np.exp(-size)), smaller)
+    q = np.maximum(p - clip, 0) if clip else p
+    of_positive = np.where(x < 0, size + log, log)
+    of_negative = np.where(q < 0.5, -np.log1p(-q), -np.log(s + clip)) if clip else np.where(x < 0, log, size + log)
+    slope = np.where(q > 0, p * s / (s + clip), 0) if clip else p
+    positive, negative = pos_weight * t, 1 - t
+    c = np.where(positive == 0, 0, positive * of_positive) + np.where(negative == 0, 0, negative * of_negative)
+    m = t * s + negative * q
+    g = gamma_neg + t * (gamma_pos - gamma_neg)
+    # log(m) without the logarithm of a rounded probability
+    log_q = np.log(np.where(q > 0, q, 1)) if clip else -of_positive
+    log_m = np.where(t == 1, -of_negative_of(x), np.where(t == 0, log_q, np.log(np.where(m > 0, m, 1))))
+    power = np.where((m == 0) & (g > 0) & (t != 1) & bool(clip), 0, np.exp(np.where(g == 0, 0, g * log_m)))
+    lower = np.where(m > 0, m, 1)
+    rates = [np.where(np.isinf(x), 0, g * part * p * s / lower) for part in (t, np.where(q > 0, negative, 0))]
+    loss = np.where(power == 0, 0, power * c)
+    by_rate = [np.where(rate == 0, 0, rate * c) for rate in rates]
+    gradient = power * (negative * slope - positive * s - by_rate[0] + by_rate[1])
+    terms = negative * slope + positive * s + by_rate[0] + by_rate[1]
+    condition = np.where(clip > 0, (1 + g) * np.where(q > 0, p / np.where(q > 0, q, 1), 1), g)
+    of_soft = 8 + 4 * np.maximum(condition, g) + 2 * g * np.abs(np.log(lower))
+    bound = 4 + 2 * np.where(t == 1, g, condition)
+    return loss, gradient, c, terms, power, np.where((t == 0) | (t == 1), bound, of_soft)
+
+
+def of_negative_of(x: np.ndarray) -> np.ndarray:
+    """`-log(sigmoid(-x))`."""
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+@pytest.mark.parametrize("dtype", WIDER)
+@pytest.mark.parametrize("focus", FOCUSES)
+def test_focal_labels_within_their_bound(formulas: ModuleType, dtype: str, focus: tuple[float, float, float]) -> None:
+    x = logits(dtype)[::3]
+    x = x[~np.isnan(x)].copy()
+    info = np.finfo(dtype)
+    # the kernels get the options in their own dtype
+    rounded = tuple(float(np.asarray(value, dtype)) for value in focus)
+    for target in (0.0, 1.0):
+        t = np.full_like(x, target)
+        got = formulas.focal(x, t, *focus)
+        wide = x.astype(WIDER[dtype])
+        *exact, _, _, _, bound = exact_focal(wide, t.astype(WIDER[dtype]), rounded)
+        for ours, value in zip(got, exact, strict=True):
+            distance = ulp_distance(ours, value)
+            tiny = np.abs(value) < info.smallest_normal
+            if focus[2]:
+                step = float(info.smallest_subnormal)
+                slack = (1 + max(focus[:2])) / focus[2] * np.minimum(step / ulp_of(value, dtype), 1)
+                good = distance <= bound + slack
+            else:
+                good = distance <= np.where(tiny, 1 + max(focus[:2]), bound)
+            good |= ours == value
+            assert good.all(), (target, x[~good][:5], ours[~good][:5], value[~good][:5], distance[~good][:5])
+            assert distance[~tiny & np.isfinite(distance)].max(initial=1) > 0.4  # the comparison itself works
+
+
+@pytest.mark.parametrize("dtype", WIDER)
+@pytest.mark.parametrize("focus", FOCUSES)
+@pytest.mark.parametrize("with_pos_weight", [False, True])
+def test_focal_soft_targets_within_their_bound(
+    formulas: ModuleType, dtype: str, focus: tuple[float, float, float], with_pos_weight: bool
+) -> None:
+    x = logits(dtype)
+    x = x[abs(x) < 1e4][::5].copy()
+    rng = np.random.default_rng(3)
+    t = rng.uniform(0, 1, x.size).astype(dtype)
+    t[::7], t[1::7] = 1e-6, 1 - 2.0**-20
+    factor = np.exp(rng.uniform(-5, 5, x.size)).astype(dtype) if with_pos_weight else np.ones_like(x)
+    got = formulas.focal(x, t, *focus, pos_weight=factor if with_pos_weight else None)
+    wide = [array.astype(WIDER[dtype]) for array in (x, t, factor)]
+    rounded = tuple(float(np.asarray(value, dtype)) for value in focus)
+    *exact, loss_terms, gradient_terms, power, bound = exact_focal(wide[0], wide[1], rounded, wide[2])
+    for ours, value, size in zip(got, exact, (loss_terms, gradient_terms), strict=True):
+        # steps of a subnormal sigmoid or power are multiplied by what follows
+        steps = (1 + max(focus[:2])) / (focus[2] or 1) * (1 + factor) + size
+        error = np.abs(ours - value) - steps * float(np.finfo(dtype).smallest_subnormal)
+        error /= ulp_of(power * size, dtype)
+        assert (error <= bound).all(), (x[error > bound][:5], t[error > bound][:5], error[error > bound][:5])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_focal_losses_against_mpmath(formulas: ModuleType, dtype: str) -> None:
+    # shows that the wider types of the other tests are exact enough
+    extremes = np.array(EXTREMES).astype(dtype)
+    x = np.concatenate([extremes, -extremes])
+    for focus in ((2, 2, 0.0), (1, 4, 0.05), (0.5, 2.5, 0.25)):
+        gammas, clip = focus[:2], mpmath.mpf(float(np.asarray(focus[2], dtype)))
+        for target in (0, 1):
+            loss, gradient = formulas.focal(x, np.full_like(x, target), *focus)
+            for i, logit in enumerate(x.tolist()):
+                with mpmath.workprec(3000):
+                    p, s = 1 / (1 + mpmath.exp(-mpmath.mpf(logit))), 1 / (1 + mpmath.exp(mpmath.mpf(logit)))
+                    m, g = (s, gammas[0]) if target else (max(p - clip, 0), gammas[1])
+                    c = -mpmath.log(p if target else s + clip if m else mpmath.mpf(1))
+                    power = m**g if m else mpmath.mpf(not g)
+                    slope = -s if target else (p * s / (s + clip) if m else 0)
+                    rate = (-p if target else p * s / m) if m else 0
+                    exact = power * c, power * (slope + g * rate * c)
+                bound = 4 + 2 * (g if target or not clip else (1 + g) * float(p / m) if m else 0)
+                bound += (1 + g) / focus[2] if focus[2] and abs(logit) > 80 else 0
+                for ours, value in zip((loss[i], gradient[i]), exact, strict=True):
+                    error = abs(float(mpmath.mpf(float(ours)) - value)) / float(ulp_of(np.float64(float(value)), dtype))
+                    assert error <= bound, (focus, target, logit, ours, error, bound)
+
+
+@pytest.mark.parametrize("dtype", WIDER)
+def test_powers(formulas: ModuleType, dtype: str) -> None:
+    rng = np.random.default_rng(4)
+    info = np.finfo(dtype)
+    base = np.concatenate([rng.uniform(0, 1, 20_000), 2.0 ** rng.uniform(info.minexp - 20, 0, 20_000)]).astype(dtype)
+    base[:4] = 0, 1, info.smallest_subnormal, 1 - info.epsneg
+    exponent = rng.choice([0.0, 0.01, 0.5, 1.0, 1.5, 2.0, 3.7, 12.0, 300.0], base.size).astype(dtype)
+    got = formulas.power(base, exponent)
+    exact = base.astype(WIDER[dtype]) ** exponent.astype(WIDER[dtype])
+    error = (np.abs(got - exact) - float(info.smallest_subnormal)) / ulp_of(exact, dtype)
+    assert (error <= 2 + exponent / 2).all(), (base[error.argmax()], exponent[error.argmax()], error.max())
+    assert error.max() > 0.4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("focus", FOCUSES)
+def test_focal_infinities_and_nan(formulas: ModuleType, dtype: str, focus: tuple[float, float, float]) -> None:
+    inf, nan = math.inf, math.nan
+    x = np.array([inf, -inf, inf, -inf, nan, nan, 1.0, inf], dtype)
+    t = np.array([1, 0, 0, 1, 0, 1, nan, nan], dtype)
+    loss, gradient = formulas.focal(x, t, *focus)
+    clip = focus[2]
+    of_clip = -math.log(float(np.asarray(clip, dtype))) * (1 - clip) ** focus[1] if clip else inf
+    np.testing.assert_array_equal(loss[:2], 0)
+    np.testing.assert_array_equal(gradient[:2], 0)
+    np.testing.assert_allclose(loss[2:4], [of_clip, inf], rtol=1e-5)
+    np.testing.assert_array_equal(gradient[2:4], [0 if clip else 1, -1])
+    assert np.isnan(loss[4:]).all()
+    assert np.isnan(gradient[4:]).all()
+    # a factor of 0 leaves out whatever it is
+    loss, gradient = formulas.focal(x[:6], t[:6], *focus, alpha=0.0)
+    np.testing.assert_array_equal(loss[t[:6] == 1], 0)
+    np.testing.assert_array_equal(gradient[t[:6] == 1], 0)
+
+
 @pytest.mark.parametrize("dtype", WIDER)
 @pytest.mark.parametrize("with_pos_weight", [False, True])
 def test_targets_in_between_within_four_ulp_of_the_terms(

@@ -17,14 +17,15 @@ ops = torch.ops.fused_sce
 
 
 def tensors(device: str, dtype: torch.dtype, weighted: bool) -> tuple[Tensor | None, ...]:
-    """Input, target, weight, pos_weight, count and mask."""
+    """Input, target, weight, pos_weight, count, mask and label_alpha."""
     x = torch.randn(6, 9, device=device, dtype=dtype)
     t = torch.rand(6, 9, device=device, dtype=dtype)
     if not weighted:
-        return x, t, None, None, None, None
+        return x, t, None, None, None, None, None
     weight = torch.rand(9, device=device, dtype=dtype)
     pos_weight = torch.rand(6, 1, device=device, dtype=dtype)
-    return x, t, weight, pos_weight, torch.tensor([5], device=device), torch.arange(9, device=device) != 3
+    alpha = torch.rand(9, device=device, dtype=dtype)
+    return x, t, weight, pos_weight, torch.tensor([5], device=device), torch.arange(9, device=device) != 3, alpha
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,7 +37,7 @@ def test_opcheck(device: str, dtype: torch.dtype, weighted: bool, reduction: str
     leaf = x.requires_grad_()
     options = {"reduction": reduction, "divisor": 9}
     if reduction == "none":
-        rest[-2], options = None, {}
+        rest[3], options = None, {}  # no count
     torch.library.opcheck(ops.sigmoid_cross_entropy.default, (leaf, *rest), options)
     # opcheck passes an op without any autograd, so:
     loss = ops.sigmoid_cross_entropy(leaf, *rest, **options)

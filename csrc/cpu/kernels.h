@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../formulas/loss.h"
+#include "../formulas/focal.h"
 #include "../problem.h"
 
 namespace fused_sce::cpu {

@@ -1,10 +1,10 @@
 // Which loop runs a problem: the only place where types become template arguments, and so where kernels multiply.
 //
 // Loops over contiguous memory exist for each type of logits that is computed in float. In double the arithmetic takes
-// so long that strides add little. Only for a sum with its gradient, which training asks for in every step, are there
-// loops for one type of target: float, the logits' own type, and bytes. They execute 11 to 20 % fewer instructions on
-// sm_90. Each of them exists with and without weights: without, a thread has the registers for a second group in
-// flight, and executes 4 % fewer instructions.
+// so long that strides add little, and so it does in the formulas of focal.h. Only for a sum with its gradient, which
+// training asks for in every step, are there loops for one type of target: float, the logits' own type, and bytes. They
+// execute 11 to 20 % fewer instructions on sm_90. Each of them exists with and without weights: without, a thread has
+// the registers for a second group in flight, and executes 4 % fewer instructions.
 #pragma once
 
 #include "contiguous.h"
@@ -12,9 +12,12 @@
 
 namespace fused_sce::cuda {
 
-// Calls `action` with the loop for a problem that is not contiguous.
+// Calls `action` with the loop for a problem that is not contiguous, or of the formulas of focal.h.
 template <bool kSum, class Action>
 void choose_strided_loop(const Problem& problem, Action&& action) {
+  if (problem.is_focal()) {
+    return problem.in_double ? action(StridedLoop<FocalFormula<double>>{}) : action(StridedLoop<FocalFormula<float>>{});
+  }
   if (problem.in_double) return action(StridedLoop<FullFormula<double>>{});
   if constexpr (kSum) {
     if (problem.logits.dtype != DType::Float32) return action(StridedLoop<Formula16Bit>{});
@@ -36,7 +39,7 @@ void choose_logits(const Problem& problem, Action&& action) {
 template <Output kOutput, class Action>
 void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
   const bool is_weighted = problem.weight || problem.pos_weight;
-  if (!is_contiguous(problem) || threads_with_fixed_weights(problem, threads) != threads) {
+  if (problem.is_focal() || !is_contiguous(problem) || threads_with_fixed_weights(problem, threads) != threads) {
     return choose_strided_loop<makes_sum(kOutput)>(problem, action);
   }
   choose_logits(problem, [&](auto logits) {
@@ -59,7 +62,7 @@ void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
 // registers.
 template <class Action>
 void choose_row_loop(const Problem& problem, Action&& action) {
-  if (!is_contiguous(problem) || problem.weight || problem.pos_weight) {
+  if (problem.is_focal() || !is_contiguous(problem) || problem.weight || problem.pos_weight) {
     return choose_strided_loop<true>(problem, action);
   }
   choose_logits(

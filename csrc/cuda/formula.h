@@ -1,13 +1,15 @@
 // Which formula a kernel computes, and how it adds up losses.
 //
-// The arithmetic is that of the CPU kernels bit for bit, with two exceptions: sums over 16-bit logits and gradients in
-// 16 bits have a shorter formula (gpu16.h), and product_of_scaled() leaves out less.
+// The arithmetic is that of the CPU kernels bit for bit, with two exceptions: sums of loss.h over 16-bit logits and its
+// gradients in 16 bits have a shorter formula (gpu16.h), and product_of_scaled() leaves out less.
 #pragma once
 
 #include <type_traits>
 
+#include "../formulas/focal.h"
 #include "../formulas/gpu16.h"
 #include "../formulas/loss.h"
+#include "../problem.h"
 
 namespace fused_sce::cuda {
 
@@ -36,6 +38,16 @@ struct FullFormula {
   FUSED_SCE_INLINE LossAndGradient<T> compute(T logit, T target, T pos_weight) {
     return sigmoid_cross_entropy<T, kPosWeight>(logit, target, pos_weight);
   }
+
+  FUSED_SCE_INLINE T scaled(T value, TwoPart<T> scale) { return fused_sce::scaled(value, scale); }
+};
+
+// focal.h for every type. The losses of a group are added in double.
+template <class Computed>
+struct FocalFormula {
+  using T = Computed;
+  using Accumulator = double;
+  static constexpr bool kRecomputesNonFinite = false;
 
   FUSED_SCE_INLINE T scaled(T value, TwoPart<T> scale) { return fused_sce::scaled(value, scale); }
 };
@@ -70,18 +82,24 @@ struct Element {
   T target;
   T weight;
   T pos_weight;
+  T alpha;
   bool has_pos_weight;
+  bool has_alpha;
   bool counts;
 
   // A loss or a gradient, 0 where the element does not count.
   FUSED_SCE_MEMBER T counted(T value) const { return counts ? value : T(0); }
 };
 
-// Loss and gradient before they are multiplied by anything.
+// Loss and gradient before they are multiplied by weights. `modulation` is for focal.h.
 template <class Formula, class T>
-FUSED_SCE_INLINE LossAndGradient<T> compute(const Element<T>& element) {
-  return element.has_pos_weight ? Formula::template compute<true>(element.logit, element.target, element.pos_weight)
-                                : Formula::template compute<false>(element.logit, element.target, element.pos_weight);
+FUSED_SCE_INLINE LossAndGradient<T> compute(const Element<T>& element, const Modulation<T>& modulation) {
+  if constexpr (std::is_same<Formula, FocalFormula<T>>::value) {
+    return focal_loss(modulation, element.logit, element.target, element.pos_weight, element.has_alpha, element.alpha);
+  } else {
+    return element.has_pos_weight ? Formula::template compute<true>(element.logit, element.target, element.pos_weight)
+                                  : Formula::template compute<false>(element.logit, element.target, element.pos_weight);
+  }
 }
 
 // The sum of the losses of a group, added element by element.
@@ -91,13 +109,13 @@ class GroupSum {
 
  public:
   // Returns what compute() does.
-  FUSED_SCE_MEMBER LossAndGradient<T> add(const Element<T>& element) {
-    const LossAndGradient<T> result = compute<Formula>(element);
+  FUSED_SCE_MEMBER LossAndGradient<T> add(const Element<T>& element, const Modulation<T>& modulation = {}) {
+    const LossAndGradient<T> result = compute<Formula>(element, modulation);
     if (!element.counts) return result;
     sum_ += typename Formula::Accumulator(product(element.weight, result.loss));
     if constexpr (Formula::kRecomputesNonFinite) {
       const bool is_nan = result.loss != result.loss;
-      const T loss = is_nan ? compute<FullFormula<float>>(element).loss : result.loss;
+      const T loss = is_nan ? compute<FullFormula<float>>(element, modulation).loss : result.loss;
       recomputed_ += double(product(element.weight, loss));
     }
     return result;

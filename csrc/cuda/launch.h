@@ -36,20 +36,25 @@ FUSED_SCE_INLINE constexpr int group_size(DType logits) {
   }
 }
 
+// The same for a problem. The formulas of focal.h take so long that a thread takes single elements.
+FUSED_SCE_INLINE int group_size(const Problem& problem) {
+  return problem.is_focal() ? 1 : group_size(problem.logits.dtype);
+}
+
 // Blocks for `count` pieces of work, `per_block` of them each. At least one: the sum of nothing is written, too.
 constexpr int num_blocks(int64_t count, int64_t per_block) {
   const int64_t blocks = divide_up(count, per_block);
   return int(blocks < 1 ? 1 : blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-constexpr int num_blocks(const Problem& problem) {
-  return num_blocks(divide_up(problem.numel, group_size(problem.logits.dtype)), kThreads);
+inline int num_blocks(const Problem& problem) {
+  return num_blocks(divide_up(problem.numel, group_size(problem)), kThreads);
 }
 
 // The workspace of a sum, in float64 words: the counter of finished blocks, then one partial sum for each. A single
 // block needs none.
 constexpr int64_t kMaxWorkspaceWords = 1 + kMaxBlocks;
-constexpr int64_t workspace_words(const Problem& problem) {
+inline int64_t workspace_words(const Problem& problem) {
   const int blocks = num_blocks(problem);
   return blocks > 1 ? 1 + blocks : 0;
 }
@@ -106,7 +111,7 @@ inline int64_t threads_with_fixed_weights(const Problem& problem, int64_t thread
   const bool are_single =
       is_constant(problem, problem.weight, last + 1) && is_constant(problem, problem.pos_weight, last + 1);
   const int64_t columns = are_single ? 1 : problem.sizes[last];
-  return threads_with_fixed_columns(threads, problem.numel, group_size(problem.logits.dtype), columns);
+  return threads_with_fixed_columns(threads, problem.numel, group_size(problem), columns);
 }
 
 // Threads among which a problem is divided, of those `launched` for it.

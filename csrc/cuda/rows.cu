@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, Loop::kMinBlocks) rows_kernel(
 
 cudaError_t rows(const Problem& problem, int64_t columns, int64_t count, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
-  const int team = threads_per_row(columns, group_size(problem.logits.dtype));
+  const int team = threads_per_row(columns, group_size(problem));
   const int blocks = num_blocks(count, kThreads / team);
   Problem without_elements = problem;
   without_elements.loss = {};

@@ -20,6 +20,7 @@ struct Offsets {
   int64_t weight;
   int64_t pos_weight;
   int64_t mask;
+  int64_t alpha;
   int64_t upstream;
 };
 
@@ -29,6 +30,7 @@ FUSED_SCE_INLINE void advance(const Problem& problem, int dim, int64_t by, Offse
   at.weight += by * problem.weight.strides[dim];
   at.pos_weight += by * problem.pos_weight.strides[dim];
   at.mask += by * problem.mask.strides[dim];
+  at.alpha += by * problem.alpha.strides[dim];
   at.upstream += by * problem.upstream.strides[dim];
 }
 
@@ -65,10 +67,11 @@ struct StridedLoop {
   static constexpr int kMinBlocks = 2;  // launch.h
 
   FUSED_SCE_INLINE double run(const Problem& problem, TwoPart<T> scale, ThreadRange range) {
-    const int group = group_size(problem.logits.dtype);
+    const int group = group_size(problem);
     const int last = problem.ndim - 1;
     double sum = 0.0;
     LabelCheck labels;
+    const auto modulation = modulation_of<T>(problem.options, bool(problem.alpha));
     for (int64_t begin = range.first(group); begin < range.end; begin += range.stride(group)) {
       const int64_t end = range.end - begin < group ? range.end : begin + group;
       Offsets at = offsets_of(problem, begin);
@@ -80,15 +83,17 @@ struct StridedLoop {
             target.value,
             load_weight<T>(problem.weight, at.weight),
             load_weight<T>(problem.pos_weight, at.pos_weight),
+            problem.alpha ? load_weight<T>(problem.alpha, at.alpha) : T(problem.options.alpha),
             bool(problem.pos_weight),
+            problem.has_alpha(),
             target.counts};
-        const LossAndGradient<T> result = group_sum.add(element);
+        const LossAndGradient<T> result = group_sum.add(element, modulation);
         if (problem.loss) store_element(problem.loss, i, element.counted(product(element.weight, result.loss)));
         if (problem.gradient) {
           T gradient = times_factors<Formula>(problem, element, at, result.gradient, scale);
           if constexpr (std::is_same<Formula, FullFormula<float>>::value) {
             if (problem.logits.dtype != DType::Float32) {  // see GradientFormula
-              gradient = compute<Formula16Bit>(element).gradient;
+              gradient = compute<Formula16Bit>(element, modulation).gradient;
               gradient = times_factors<Formula16Bit>(problem, element, at, gradient, scale);
             }
           }

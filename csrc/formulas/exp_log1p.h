@@ -20,6 +20,8 @@ struct Constants<float> {
   using Bits = uint32_t;
   using SignedBits = int32_t;
   static constexpr int kMantissaBits = 23;
+  static constexpr int kExponentBias = 127;
+  static constexpr float kSmallestNormal = 0x1p-126f;
   // Beyond it the result is 0: exp(-104) < 2^-150 = exp(-103.97), half of the smallest subnormal.
   static constexpr float kLargest = 104.0f;
   static constexpr float kLog2E = 1.44269504f;
@@ -59,6 +61,8 @@ struct Constants<double> {
   using Bits = uint64_t;
   using SignedBits = int64_t;
   static constexpr int kMantissaBits = 52;
+  static constexpr int kExponentBias = 1023;
+  static constexpr double kSmallestNormal = 0x1p-1022;
   // exp(-746) < 2^-1075 = exp(-745.13), half of the smallest subnormal.
   static constexpr double kLargest = 746.0;
   static constexpr double kLog2E = 1.4426950408889634;

@@ -30,14 +30,18 @@ namespace fused_sce {
 
 // sigmoid(-|x|) = e / (1 + e), within 1.03 ULP.
 template <class T>
-FUSED_SCE_INLINE T smaller_sigmoid(TwoPart<T> e) {
+FUSED_SCE_INLINE T corrected_sigmoid(TwoPart<T> e, T ratio) {
   // q = the quotient of the upper parts, corrected by (e - q - q e) / (1 + e). Here e.upper - q is exact, because q is
   // at least half of e.upper (P. H. Sterbenz, 1974), so the rounding of 1 + e does not matter. The factor 1 / (1 + e)
   // is sigmoid(|x|) = 1 - q.
-  const T ratio = quotient(e.upper, T(1) + e.upper);
   const T larger = T(1) - ratio;
   const T residual = residual_of_product(ratio, e.upper, e.upper - ratio);
   return mul_add(mul_add(e.lower, larger, residual), larger, ratio);
+}
+
+template <class T>
+FUSED_SCE_INLINE T smaller_sigmoid(TwoPart<T> e) {
+  return corrected_sigmoid(e, quotient(e.upper, T(1) + e.upper));
 }
 
 template <class T>
@@ -58,6 +62,18 @@ FUSED_SCE_INLINE T with_sign_of(T x, T size) {
 template <class T>
 FUSED_SCE_INLINE bool is_negative(T x) {
   return bit_cast<typename Constants<T>::SignedBits>(x) < 0;
+}
+
+// linear + log1p(e), linear >= 0, with one rounding that matters: that of the sum of the two larger parts, whose error
+// follows from it (T. J. Dekker, 1971). The error is NaN if linear is infinite.
+template <class T>
+FUSED_SCE_INLINE T sum_of(T linear, TwoPart<T> log1p_e) {
+  const bool is_linear_larger = linear > log1p_e.upper;
+  const T first = is_linear_larger ? linear : log1p_e.upper;
+  const T second = is_linear_larger ? log1p_e.upper : linear;
+  const T sum = first + second;
+  const T lost = second - (sum - first);
+  return sum + ((lost == lost ? lost : T(0)) + log1p_e.lower);
 }
 
 // Both are computed from the slope u: 1 - t for x >= 0, p t for x < 0. It is what the size of the gradient tends to for
@@ -98,16 +114,7 @@ FUSED_SCE_INLINE LossAndGradient<T> sigmoid_cross_entropy(T x, T t, T pos_weight
   }
 
   const T slope = is_negative(x) ? t : T(1) - t;
-  const T linear = product(slope, std::fabs(x));
-  // The sum of linear and both parts of log1p with one rounding that matters: that of the two larger ones, whose error
-  // follows from it (T. J. Dekker, 1971). The error is NaN if linear is infinite.
-  const bool is_linear_larger = linear > log1p_e.upper;
-  const T first = is_linear_larger ? linear : log1p_e.upper;
-  const T second = is_linear_larger ? log1p_e.upper : linear;
-  const T sum = first + second;
-  const T lost = second - (sum - first);
-  const T loss = sum + ((lost == lost ? lost : T(0)) + log1p_e.lower);
-  return {loss, with_sign_of(x, slope - smaller)};
+  return {sum_of(product(slope, std::fabs(x)), log1p_e), with_sign_of(x, slope - smaller)};
 }
 
 template <class T, bool kPosWeight>

@@ -18,10 +18,12 @@ using OptionalTensor = std::optional<Tensor>;
 
 //   count      one int64 element on the input's device. It divides as `divisor` does; 0 divides as 1.
 //   mask       bool: where it is false, an element does not count.
+//   label_alpha  the option `alpha` as a tensor
 //   reduction  "none", "rows" (sum over the last dimension) or "sum" (over all).
 //   dtype      of the loss. Default: the target's if it is floating point (as torch), else the input's.
-#define FUSED_SCE_TENSORS \
-  "Tensor input, Tensor target, Tensor? weight=None, Tensor? pos_weight=None, Tensor? count=None, Tensor? mask=None"
+#define FUSED_SCE_TENSORS                                                                                              \
+  "Tensor input, Tensor target, Tensor? weight=None, Tensor? pos_weight=None, Tensor? count=None, Tensor? mask=None, " \
+  "Tensor? label_alpha=None"
 #define FUSED_SCE_RESULT "str reduction='none', ScalarType? dtype=None"
 
 // Takes the values of a call from the stack, one after the other.
@@ -45,6 +47,7 @@ struct Arguments {
   OptionalTensor pos_weight = values.next<OptionalTensor>();
   OptionalTensor count = values.next<OptionalTensor>();
   OptionalTensor mask = values.next<OptionalTensor>();
+  OptionalTensor label_alpha = values.next<OptionalTensor>();
   std::string reduction = values.next<std::string>();
   std::optional<ScalarType> dtype = values.next<std::optional<ScalarType>>();
   Options options = Options::next(values);

@@ -23,9 +23,9 @@ struct Named {
   IntHeaderOnlyArrayRef strides = {};
 };
 
-// The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, mask, upstream.
+// The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, mask, alpha, upstream.
 struct Operands {
-  Named each[6];
+  Named each[7];
   int count = 0;
 
   void add(const char* name, const Tensor& tensor, Operand& operand) { each[count++] = {name, &tensor, &operand}; }
@@ -264,6 +264,7 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
   if (arguments.weight) operands.add("weight", *arguments.weight, problem.weight);
   if (arguments.pos_weight) operands.add("pos_weight", *arguments.pos_weight, problem.pos_weight);
   if (arguments.mask) operands.add("mask", *arguments.mask, problem.mask);
+  if (arguments.label_alpha) operands.add("label_alpha", *arguments.label_alpha, problem.alpha);
   const bool has_factor = upstream && is_single(*upstream);
   if (upstream) operands.add("grad_output", *upstream, has_factor ? problem.factor : problem.upstream);
 
@@ -290,7 +291,8 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
     // Converted here once rather than in every kernel: a weight is small as a rule. A gradient of the loss may be as
     // large as the logits and have their type, so the kernels read that type as well.
     const ScalarType type = each.tensor->scalar_type();
-    const bool is_weight = each.operand == &problem.weight || each.operand == &problem.pos_weight;
+    const bool is_weight =
+        each.operand == &problem.weight || each.operand == &problem.pos_weight || each.operand == &problem.alpha;
     const bool is_upstream = each.operand == &problem.upstream || each.operand == &problem.factor;
     if (type != computing_type && (is_weight || (is_upstream && type != input_type))) {
       replace(each, torch::stable::to(*each.tensor, computing_type));
@@ -357,7 +359,8 @@ bool check_gradient(const Arguments& arguments, const Layout& layout, const Tens
       data == input.const_data_ptr() && has_strides(input.sizes(), input.strides(), gradient.strides());
   bool is_apart = (is_in_place || !overlap(gradient, input)) && !overlap(gradient, arguments.target) &&
                   !(upstream && overlap(gradient, *upstream));
-  for (const OptionalTensor* factor : {&arguments.weight, &arguments.pos_weight, &arguments.count, &arguments.mask}) {
+  for (const OptionalTensor* factor :
+       {&arguments.weight, &arguments.pos_weight, &arguments.count, &arguments.mask, &arguments.label_alpha}) {
     is_apart = is_apart && !(*factor && overlap(gradient, **factor));
   }
   if (!is_apart) fail("gradient overlaps the memory of an argument and is not exactly that of input");

@@ -196,7 +196,8 @@ bool is_16bit(DType dtype) { return dtype == DType::BFloat16 || dtype == DType::
 // As the op layer leaves a problem: contiguous operands have strides, too.
 Problem with_strides(Problem problem) {
   for (Operand* operand :
-       {&problem.logits, &problem.target, &problem.weight, &problem.pos_weight, &problem.mask, &problem.upstream}) {
+       {&problem.logits, &problem.target, &problem.weight, &problem.pos_weight, &problem.mask, &problem.alpha,
+        &problem.upstream}) {
     if (!operand->contiguous) continue;
     int64_t stride = 1;
     for (int dim = problem.ndim - 1; dim >= 0; --dim) {
@@ -389,7 +390,8 @@ void check(Problem problem, Wanted wanted, DType loss_type, int64_t shift, const
   const int64_t numel = problem.numel;
   const DType result = wanted == Wanted::Loss ? loss_type : problem.logits.dtype;
   const std::string title = what + ", " + name_of(wanted) + " as " + name_of(result);
-  const bool has_own_formula = is_16bit(problem.logits.dtype) && !problem.in_double && wanted != Wanted::Loss;
+  const bool has_own_formula =
+      is_16bit(problem.logits.dtype) && !problem.in_double && wanted != Wanted::Loss && !problem.is_focal();
   const bool writes = wanted != Wanted::Sum;
   Array got(result, numel, shift);
 
@@ -728,6 +730,62 @@ void test_what_counts() {
 }
 
 // A bool is true if its byte is not 0, whatever else it is.
+// The formulas of focal.h: every path of them, and every operand.
+void test_focal() {
+  struct Focus {
+    double gamma_pos, gamma_neg, clip, alpha;  // alpha < 0: none
+  };
+  const Focus focuses[] = {{2, 2, 0, 0.25},  {1, 4, 0.05, -1},    {0, 0, 0, 0.3}, {7, 0, 0.1, -1},  {0.5, 2.5, 0, 1},
+                           {0, 0.5, 0.2, 0}, {1.5, 3.5, 0.6, -1}, {9, 9, 0, -1},  {0, 1, 0.05, 0.1}};
+  int64_t turn = 0;
+  for (DType logits_type : kFloatTypes) {
+    for (DType target_type : {DType::Float32, logits_type, DType::Bool, DType::UInt8, DType::Int64}) {
+      for (const Focus& focus : focuses) {
+        ++turn;
+        const int64_t columns = 7;
+        const int64_t numel = columns * (40 + turn % 3 * 300);
+        const DType computing = computing_type(logits_type, target_type);
+        Array logits(logits_type, numel, turn % 2);
+        Array target(target_type, numel, turn % 3);
+        Array weight(computing, columns);
+        Array pos_weight(computing, columns);
+        Array alpha(computing, columns);
+        Array mask(DType::Bool, numel);
+        Array upstream(computing, numel);
+        fill_logits(logits, turn % 4 == 0);
+        fill_target(target);
+        fill_weight(weight);
+        fill_weight(pos_weight);
+        for (int64_t i = 0; i < columns; ++i) alpha.set(i, i == 2 ? 0.0 : random_between(0.0, 1.0));
+        for (int64_t i = 0; i < numel; ++i) mask.set(i, double(random_bits() % 4 != 0));
+        fill_weight(upstream);
+        Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+        problem.options.gamma_pos = focus.gamma_pos;
+        problem.options.gamma_neg = focus.gamma_neg;
+        problem.options.clip = focus.clip;
+        problem.options.has_alpha = focus.alpha >= 0.0;
+        problem.options.alpha = focus.alpha;
+        for (Wanted wanted : kAllWanted) {
+          check(problem, wanted, kFloatTypes[turn % 4], turn / 2 % 2, describe("focal", problem), turn % 2);
+        }
+        problem.upstream = upstream.contiguous();
+        check(problem, Wanted::Gradient, logits_type, 0, describe("focal, upstream", problem));
+        problem.upstream = {};
+        problem.ndim = 2;
+        problem.sizes[0] = numel / columns;
+        problem.sizes[1] = columns;
+        if (turn % 2) problem.weight = weight.strided({0, 1});
+        if (turn % 3) problem.pos_weight = pos_weight.strided({0, 1});
+        if (turn % 5) problem.alpha = alpha.strided({0, 1});
+        if (turn % 4) problem.mask = mask.contiguous();
+        for (Wanted wanted : kAllWanted) {
+          check(problem, wanted, kFloatTypes[turn % 4], 0, describe("focal with factors", problem));
+        }
+      }
+    }
+  }
+}
+
 void test_any_byte_is_true() {
   for (DType dtype : kFloatTypes) {
     const int64_t numel = 1021;
@@ -1055,14 +1113,24 @@ int main() {
   const struct {
     const char* name;
     void (*run)();
-  } tests[] = {{"launch", test_launch},         {"contiguous", test_contiguous},
-               {"grids", test_grids},           {"written once", test_written_once},
-               {"strided", test_strided},       {"weights", test_weights_in_registers},
-               {"bool", test_any_byte_is_true}, {"upstream by row", test_upstream_by_row},
-               {"dimensions", test_dimensions}, {"sum order", test_sum_order},
-               {"count", test_count},           {"what counts", test_what_counts},
-               {"in place", test_in_place},     {"rows", test_rows},
-               {"scale", test_scale},           {"large", test_large}};
+  } tests[] = {
+      {"launch", test_launch},
+      {"contiguous", test_contiguous},
+      {"grids", test_grids},
+      {"written once", test_written_once},
+      {"strided", test_strided},
+      {"weights", test_weights_in_registers},
+      {"bool", test_any_byte_is_true},
+      {"upstream by row", test_upstream_by_row},
+      {"dimensions", test_dimensions},
+      {"sum order", test_sum_order},
+      {"count", test_count},
+      {"what counts", test_what_counts},
+      {"focal", test_focal},
+      {"in place", test_in_place},
+      {"rows", test_rows},
+      {"scale", test_scale},
+      {"large", test_large}};
   for (const auto& test : tests) {
     const int failures_before = failures;
     const int64_t checks_before = checks;

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "../../csrc/dtypes.h"
+#include "../../csrc/formulas/focal.h"
 #include "../../csrc/formulas/gpu16.h"
 #include "../../csrc/formulas/loss.h"
 
@@ -79,6 +80,38 @@ py::tuple loss_and_gradient(const Array<T>& x, const Array<T>& t, const std::opt
       x.size(), [=](auto i) { return sigmoid_cross_entropy<T, true>(logits[i], target[i], factor[i]); });
 }
 
+template <class T>
+Array<T> power(const Array<T>& base, const Array<T>& exponent) {
+  return map<T>(base.size(), [&](auto i) {
+    const T b = base.data()[i];
+    const T e = exponent.data()[i];
+    return power_of(b, e, scaled_logarithm(b, e));
+  });
+}
+
+template <class T>
+py::tuple focal(
+    const Array<T>& x,
+    const Array<T>& t,
+    double gamma_pos,
+    double gamma_neg,
+    double clip,
+    std::optional<double> alpha,
+    const std::optional<Array<T>>& pos_weight) {
+  Options options;
+  options.gamma_pos = gamma_pos;
+  options.gamma_neg = gamma_neg;
+  options.clip = clip;
+  options.has_alpha = bool(alpha);
+  options.alpha = alpha.value_or(0.0);
+  const Modulation<T> modulation = modulation_of<T>(options, false);
+  const T* factor = pos_weight ? pos_weight->data() : nullptr;
+  return map_to_pairs<T>(x.size(), [&](auto i) {
+    return focal_loss<T>(
+        modulation, x.data()[i], t.data()[i], factor ? factor[i] : T(1), options.has_alpha, T(options.alpha));
+  });
+}
+
 py::tuple loss_and_gradient_16bit(
     const Array<float>& x,
     const Array<float>& t,
@@ -110,6 +143,10 @@ void define_for_type(py::module_& module) {
   module.def(
       "loss_and_gradient", loss_and_gradient<T>, py::arg("x").noconvert(), py::arg("t").noconvert(),
       py::arg("pos_weight").noconvert() = py::none());
+  module.def(
+      "focal", focal<T>, py::arg("x").noconvert(), py::arg("t").noconvert(), py::arg("gamma_pos"), py::arg("gamma_neg"),
+      py::arg("clip") = 0.0, py::arg("alpha") = py::none(), py::arg("pos_weight").noconvert() = py::none());
+  module.def("power", power<T>, py::arg("base").noconvert(), py::arg("exponent").noconvert());
 }
 
 }  // namespace
