@@ -19,6 +19,7 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
+from test_specials import exact_focal
 from ulp import FORMATS, exact_binary, exact_terms, ulp_distance, ulp_of
 
 ROOT = Path(__file__).parent.parent
@@ -194,43 +195,6 @@ FOCUSES = [
 ]  # fmt: skip
 
 
-def exact_focal(
-    x: np.ndarray, t: np.ndarray, focus: tuple[float, float, float], pos_weight: Any = 1.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Loss and gradient, the sums of the sizes of their terms but for the power, that, and the bound of both in ULP."""
-    gamma_pos, gamma_neg, clip = (np.asarray(value, x.dtype) for value in focus)
-    size = np.abs(x)
-    log, smaller = np.log1p(np.exp(-size)), np.exp(-size) / (1 + np.exp(-size))
-    p, s = np.where(x < 0, smaller, 1 / (1 + np.exp(-size))), np.where(x < 0, 1 / (1 + np.exp(-size)), smaller)
-    q = np.maximum(p - clip, 0) if clip else p
-    of_positive = np.where(x < 0, size + log, log)
-    of_negative = np.where(q < 0.5, -np.log1p(-q), -np.log(s + clip)) if clip else np.where(x < 0, log, size + log)
-    slope = np.where(q > 0, p * s / (s + clip), 0) if clip else p
-    positive, negative = pos_weight * t, 1 - t
-    c = np.where(positive == 0, 0, positive * of_positive) + np.where(negative == 0, 0, negative * of_negative)
-    m = t * s + negative * q
-    g = gamma_neg + t * (gamma_pos - gamma_neg)
-    # log(m) without the logarithm of a rounded probability
-    log_q = np.log(np.where(q > 0, q, 1)) if clip else -of_positive
-    log_m = np.where(t == 1, -of_negative_of(x), np.where(t == 0, log_q, np.log(np.where(m > 0, m, 1))))
-    power = np.where((m == 0) & (g > 0) & (t != 1) & bool(clip), 0, np.exp(np.where(g == 0, 0, g * log_m)))
-    lower = np.where(m > 0, m, 1)
-    rates = [np.where(np.isinf(x), 0, g * part * p * s / lower) for part in (t, np.where(q > 0, negative, 0))]
-    loss = np.where(power == 0, 0, power * c)
-    by_rate = [np.where(rate == 0, 0, rate * c) for rate in rates]
-    gradient = power * (negative * slope - positive * s - by_rate[0] + by_rate[1])
-    terms = negative * slope + positive * s + by_rate[0] + by_rate[1]
-    condition = np.where(clip > 0, (1 + g) * np.where(q > 0, p / np.where(q > 0, q, 1), 1), g)
-    of_soft = 8 + 4 * np.maximum(condition, g) + 2 * g * np.abs(np.log(lower))
-    bound = 4 + 2 * np.where(t == 1, g, condition)
-    return loss, gradient, c, terms, power, np.where((t == 0) | (t == 1), bound, of_soft)
-
-
-def of_negative_of(x: np.ndarray) -> np.ndarray:
-    """`-log(sigmoid(-x))`."""
-    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
-
-
 @pytest.mark.parametrize("dtype", WIDER)
 @pytest.mark.parametrize("focus", FOCUSES)
 def test_focal_labels_within_their_bound(formulas: ModuleType, dtype: str, focus: tuple[float, float, float]) -> None:
@@ -243,7 +207,8 @@ def test_focal_labels_within_their_bound(formulas: ModuleType, dtype: str, focus
         t = np.full_like(x, target)
         got = formulas.focal(x, t, *focus)
         wide = x.astype(WIDER[dtype])
-        *exact, _, _, _, bound = exact_focal(wide, t.astype(WIDER[dtype]), rounded)
+        right = exact_focal(wide, t.astype(WIDER[dtype]), rounded)
+        exact, bound = right[:2], right.bound
         for ours, value in zip(got, exact, strict=True):
             distance = ulp_distance(ours, value)
             tiny = np.abs(value) < info.smallest_normal
@@ -273,12 +238,13 @@ def test_focal_soft_targets_within_their_bound(
     got = formulas.focal(x, t, *focus, pos_weight=factor if with_pos_weight else None)
     wide = [array.astype(WIDER[dtype]) for array in (x, t, factor)]
     rounded = tuple(float(np.asarray(value, dtype)) for value in focus)
-    *exact, loss_terms, gradient_terms, power, bound = exact_focal(wide[0], wide[1], rounded, wide[2])
-    for ours, value, size in zip(got, exact, (loss_terms, gradient_terms), strict=True):
+    right = exact_focal(wide[0], wide[1], rounded, wide[2])
+    bound = right.bound
+    for ours, value, size in zip(got, right[:2], (right.loss_terms, right.gradient_terms), strict=True):
         # steps of a subnormal sigmoid or power are multiplied by what follows
         steps = (1 + max(focus[:2])) / (focus[2] or 1) * (1 + factor) + size
         error = np.abs(ours - value) - steps * float(np.finfo(dtype).smallest_subnormal)
-        error /= ulp_of(power * size, dtype)
+        error /= ulp_of(right.power * size, dtype)
         assert (error <= bound).all(), (x[error > bound][:5], t[error > bound][:5], error[error > bound][:5])
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
@@ -74,6 +74,50 @@ def expected(
         gradients["weight"] = product(upstream, left_out(weight == 0, loss))
         loss, terms = product(weight, loss), product(np.abs(weight), terms)
     return loss, gradients, terms
+
+
+class ExactFocal(NamedTuple):
+    """What `focal` gives."""
+
+    loss: Array
+    gradient: Array
+    loss_terms: Array  # the sums of the sizes of their terms but for the power
+    gradient_terms: Array
+    power: Array
+    bound: Array  # of both, in ULP: see csrc/formulas/focal.h
+
+
+def exact_focal(x: Array, t: Array, focus: tuple[float, float, float], pos_weight: Any = 1.0) -> ExactFocal:
+    """Focal or asymmetric loss (`gamma_pos`, `gamma_neg`, `clip`) and gradient, in the dtype of x."""
+    gamma_pos, gamma_neg, clip = (np.asarray(value, x.dtype) for value in focus)
+    size = np.abs(x)
+    log, smaller = np.log1p(np.exp(-size)), np.exp(-size) / (1 + np.exp(-size))
+    larger = 1 / (1 + np.exp(-size))
+    p, s = np.where(x < 0, smaller, larger), np.where(x < 0, larger, smaller)
+    q = np.where(p <= clip, 0, p - clip) if clip else p
+    of_positive = np.where(x < 0, size + log, log)
+    softplus = np.where(x < 0, log, size + log)
+    of_negative = np.where(q < 0.5, -np.log1p(-q), -np.log(s + clip)) if clip else softplus
+    slope = np.where(q == 0, 0, p * s / (s + clip)) if clip else p
+    positive, negative = product_of_factors(np.asarray(pos_weight, x.dtype), t), 1 - t
+    c = product(positive, of_positive) + product(negative, of_negative)
+    c_terms = product(np.abs(positive), of_positive) + product(np.abs(negative), of_negative)
+    m = t * s + negative * q
+    g = gamma_neg + t * (gamma_pos - gamma_neg)
+    # log(m) without the logarithm of a rounded probability
+    log_q = np.log(np.where(q == 0, 1, q)) if clip else -of_positive
+    log_m = np.where(t == 1, -softplus, np.where(t == 0, log_q, np.log(np.where(m == 0, 1, m))))
+    power = np.where((m == 0) & (g > 0) & (t != 1) & bool(clip), 0, np.exp(product(g, log_m)))
+    lower = np.where(m == 0, 1, m)
+    rates = [np.where(np.isinf(x), 0, g * part * p * s / lower) for part in (t, np.where(q == 0, 0, negative))]
+    by_rate = [product_of_factors(rate, c) for rate in rates]
+    gradient = product(negative, slope) - product(positive, s) - by_rate[0] + by_rate[1]
+    terms = product(np.abs(negative), slope) + product(np.abs(positive), s)
+    terms = terms + sum(product_of_factors(np.abs(rate), c_terms) for rate in rates)
+    condition = np.where(clip > 0, (1 + g) * np.where(q == 0, 1, p / np.where(q == 0, 1, q)), g)
+    of_soft = 8 + 4 * np.maximum(condition, g) + 2 * g * np.abs(np.log(lower))
+    bound = np.where((t == 0) | (t == 1), 4 + 2 * np.where(t == 1, g, condition), of_soft)
+    return ExactFocal(product_of_factors(power, c), product_of_factors(power, gradient), c_terms, terms, power, bound)
 
 
 def assert_agrees(ours: Tensor, right: Array, arguments: dict[str, Tensor], terms: Array | None = None) -> None:

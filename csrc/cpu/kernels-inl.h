@@ -346,10 +346,10 @@ void compute_labels(
     const T* __restrict__ target,
     const T* __restrict__ upper,
     const T* __restrict__ lower,
+    TwoPart<T> scale,
     T* __restrict__ loss,
     T* __restrict__ gradient) {
   const Modulation<T> by = *work.modulation;
-  const TwoPart<T> scale = work.scale;
   const T* __restrict__ logits = work.logits;
   alignas(64) T power[kBlock];
   if constexpr (!kClip && kBits > 0) {
@@ -398,20 +398,22 @@ auto choose_by_bits(const Modulation<T>& by) {
   return are_two ? compute_labels<T, kClip, kLower, 2> : compute_labels<T, kClip, kLower, 3>;
 }
 
-// The losses and gradients of labels times factors: alpha and pos_weight, either of which may be null.
+// The losses and gradients of labels times factors: alpha and pos_weight, either of which may be null. The scale comes
+// last: a gradient may be too small for a normal number before the factor, and not after it.
 template <class T>
 void multiply_labels(
     int64_t count,
     const T* __restrict__ target,
     const T* __restrict__ alpha,
     const T* __restrict__ pos_weight,
+    TwoPart<T> scale,
     T* __restrict__ loss,
     T* __restrict__ gradient) {
   const auto multiply = [&](auto factor_of) {
     for (int64_t i = 0; i < count; ++i) {
       const T factor = factor_of(i);
       loss[i] = product(factor, loss[i]);
-      gradient[i] = product(factor, gradient[i]);
+      gradient[i] = scaled(product(factor, gradient[i]), scale);
     }
   };
   if (alpha && pos_weight) {
@@ -486,9 +488,10 @@ void compute_focal(const Work<T>& work) {
     const auto compute = by.has_lower_power ? choose_by_bits<T, true, true>(by)
                          : by.clip != T(0)  ? choose_by_bits<T, true, false>(by)
                                             : choose_by_bits<T, false, false>(by);
-    compute(work, target, upper, lower, loss, gradient);
     const T* const alpha = by.has_easy_alpha ? nullptr : work.alpha;
-    if (alpha || work.pos_weight) multiply_labels(work.count, target, alpha, work.pos_weight, loss, gradient);
+    const bool has_factors = alpha || work.pos_weight;
+    compute(work, target, upper, lower, has_factors ? quotient_in_parts<T>(1.0, 1.0) : work.scale, loss, gradient);
+    if (has_factors) multiply_labels(work.count, target, alpha, work.pos_weight, work.scale, loss, gradient);
   }
   if (kinds.has_others) {
     const auto compute = by.clip == T(0) ? compute_soft_targets<T, false> : compute_soft_targets<T, true>;
