@@ -15,7 +15,7 @@ namespace fused_sce {
 
 enum class DType : int8_t { Float32, Float64, BFloat16, Float16, Bool, UInt8, Int8, Int16, Int32, Int64 };
 
-constexpr bool is_integer(DType dtype) { return dtype > DType::Bool; }
+FUSED_SCE_INLINE constexpr bool is_integer(DType dtype) { return dtype > DType::Bool; }
 
 // Storage only: arithmetic is in float.
 struct BFloat16 {

@@ -23,6 +23,15 @@ struct Operand {
   FUSED_SCE_MEMBER explicit operator bool() const { return data != nullptr; }
 };
 
+// How the targets of a problem are given. All but dense ones belong to rows of `columns` elements in row-major order.
+enum class TargetFormat : int8_t {
+  Dense,       // one for each element
+  ClassIndex,  // an integer for each row, the column of its only positive
+  Packed,  // a bit for each element: eight in a byte, the first in the lowest bit, and each row from a byte of its own
+  IndexList,  // `list_length` integers for each row, the columns of its positives, or -1
+  Csr         // the columns and the targets of some elements, row by row; those of the others are 0
+};
+
 // One output. Its element i is element i of the problem.
 struct Result {
   void* data = nullptr;  // null: not wanted
@@ -48,10 +57,21 @@ struct Problem {
   Operand pos_weight;  // of the type computed in
   Operand mask;        // bool
   Operand alpha;       // of the type computed in; instead of options.alpha
+  Operand prior;       // of the type computed in; instead of options.smoothing_prior
   Operand upstream;    // of the type computed in, or of that of the logits
   Operand factor;      // grad_output where it is one value, instead of `upstream`; where the kernel runs
   Options options;
   const int64_t* count = nullptr;  // where the kernel runs: divides as well, at least 1; null: absent
+
+  TargetFormat format = TargetFormat::Dense;
+  int64_t columns = 0;                     // of the logits
+  int64_t list_length = 0;                 // IndexList
+  int64_t values = 0;                      // Csr: how many there are
+  const int64_t* value_columns = nullptr;  // Csr: of each value, ascending in a row
+  const int64_t* row_begins = nullptr;     // Csr: the first value of each row, and the end
+  // ClassIndex: rows with this index do not count. Their targets are NaN, which is options.ignore_value then.
+  int64_t ignored_index = 0;
+  bool has_ignored_index = false;
 
   bool in_double = false;  // computed in double instead of float
   bool is_made = false;    // `gradient` is that for a factor of 1 already; then there is no `upstream`
@@ -60,6 +80,11 @@ struct Problem {
 
   // Whether some elements may not count. Those have a loss and a gradient of 0, whatever else belongs to them.
   FUSED_SCE_MEMBER bool leaves_out() const { return options.has_ignore_value || mask; }
+
+  // Whether a target may be wrong: an integer that is no label, a soft one outside of [0, 1], or an index.
+  FUSED_SCE_MEMBER bool may_be_wrong() const {
+    return is_integer(target.dtype) || options.check_target || format != TargetFormat::Dense;
+  }
 
   FUSED_SCE_MEMBER bool has_alpha() const { return options.has_alpha || alpha; }
 

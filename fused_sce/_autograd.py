@@ -21,24 +21,27 @@ _backward_out = _ops._sigmoid_cross_entropy_backward_out.default
 _scale_ = direct_call(_ops._scale_.default)
 _count = direct_call(_ops._count.default)
 
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""The first arguments of the ops: input, target, weight, pos_weight, count, mask, label_alpha."""
-
-NO_TENSORS = (None,) * 5
-"""For those of them that may be absent."""
+Tensors = tuple[Any, ...]
+"""The first arguments of the ops, as `TENSORS` names them: two tensors, and others that may be None."""
 
 Options = tuple[Any, ...]
 """The other arguments in the order of the schema: reduction, dtype, divisor, ... The last ones may be missing."""
 
+TENSORS = [argument.name for argument in _loss._schema.arguments if not argument.kwarg_only]
 OPTIONS = [argument.name for argument in _loss._schema.arguments if argument.kwarg_only]
 """Their names."""
+
+
+def all_tensors(**given: Tensor | None) -> Tensors:
+    """The tensors of a call by their names."""
+    return tuple(given.get(name) for name in TENSORS)
 
 
 def loss(tensors: Tensors, options: Options, inplace: bool = False) -> Tensor:
     """The loss by the kernels, recorded by autograd where a gradient is wanted."""
     if not needs_graph(tensors):
         return _without_graph(tensors, options)
-    input, target, weight, pos_weight, _, _, alpha = tensors
+    input, target, weight, pos_weight, _, _, alpha, *_ = tensors
     value: Tensor
     if inplace:
         value = SigmoidCrossEntropyInPlace.apply(input, target, tensors[2:], options)[0]
@@ -64,8 +67,8 @@ def call_op(tensors: Tensors, options: Options) -> Tensor:
 
 def needs_graph(tensors: Tensors) -> bool:
     """Whether autograd records the call."""
-    input, target, weight, pos_weight, _, _, alpha = tensors
-    return torch.is_grad_enabled() and (
+    input, target, weight, pos_weight, _, _, alpha, *_ = tensors
+    return torch.is_grad_enabled() and bool(
         input.requires_grad
         or target.requires_grad
         or _requires_gradient(weight)

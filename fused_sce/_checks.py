@@ -6,55 +6,87 @@ where a call is not plain eager: under tracing, transforms or autocast, and for 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fused_sce import _sharding, reference
-from fused_sce._torch_private import allows_implicit_replication, has_memory, is_tracing, unwrapped
+from fused_sce._torch_private import allows_implicit_replication, has_memory, is_tracing, unwrapped, without_transforms
 
 # What the kernels read (DType in csrc/dtypes.h).
 _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OTHERS = (*_LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_tensors(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    mask: Tensor | None = None,
-    alpha: Tensor | None = None,
-) -> None:
-    """Check the tensors of a loss against each other.
+# The factors of a loss, and what else broadcasts to the logits, with the dtypes of each.
+_FACTORS = {"weight": _OTHERS, "pos_weight": _OTHERS, "mask": (torch.bool,), "label_alpha": _OTHERS, "prior": _OTHERS}
+PUBLIC_NAMES = {"label_alpha": "alpha", "prior": "smoothing_prior"}
+"""What users call these tensors of the op."""
+
+
+def check_tensors(tensors: Mapping[str, Any], target_format: str = "dense") -> None:
+    """Check the tensors of a loss against each other; their names are those of the op.
 
     Raises:
         TypeError: An argument is no dense tensor, or has a dtype that the kernels do not read.
         ValueError: `target` has another shape than `input`.
-        RuntimeError: `weight`, `pos_weight`, `mask` or `alpha` does not broadcast to `input`'s shape, or a tensor is on
-            another device, or only some are DTensors, or they are on different meshes.
+        RuntimeError: A factor or the mask does not broadcast to `input`'s shape, or a tensor is on another device, or
+            only some are DTensors, or they are on different meshes.
     """
+    input, target = tensors["input"], tensors["target"]
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     check_dense("input", input)
-    factors = {"weight": weight, "pos_weight": pos_weight, "alpha": alpha}
-    for name, tensor in (("target", target), *factors.items(), ("mask", mask)):
+    factors = {PUBLIC_NAMES.get(name, name): (tensors.get(name), dtypes) for name, dtypes in _FACTORS.items()}
+    for name, tensor in (("target", target), *((name, tensor) for name, (tensor, _) in factors.items())):
         check_dense(name, tensor)
         check_mesh(name, tensor, input)  # before the shapes: a rank's own part has another one than the whole
     changed_places = target.is_floating_point() and not input.is_floating_point()
     check_dtype("input", input, _LOGITS, ": did input and target change places?" if changed_places else "")
-    if target.shape != input.shape:
+    if target_format != "dense":
+        if any(_sharding.dtensor_of(tensor) is not None for tensor in (input, target)):
+            raise RuntimeError(f"target_format={target_format!r} does not work with DTensors: pass dense targets")
+        check_format(input, target, target_format)
+    elif target.shape != input.shape:
         raise ValueError(
             f"Target size ({target.shape}) must be the same as input size ({input.shape})" + shape_hint(input, target)
         )
     check_dtype("target", target)
     check_device("target", target, input)
-    for name, factor in factors.items():
+    for name, (factor, dtypes) in factors.items():
         if factor is not None:
-            check_factor(name, factor, input)
-    if mask is not None:
-        check_factor("mask", mask, input, (torch.bool,))
+            check_factor(name, factor, input, dtypes)
+
+
+def check_format(input: Tensor, target: Tensor, target_format: str) -> None:
+    """Check the shape and the dtype of a target that is not dense."""
+    if target_format == "csr":
+        return  # checked where the sparse tensor is taken apart
+    if input.dim() == 0:
+        raise ValueError(f"target_format={target_format!r} needs logits of shape (..., C), but input is a scalar")
+    *rest, classes = input.shape
+    is_index = not (target.is_floating_point() or target.dtype is torch.bool)
+    shapes = {
+        "class_index": (rest, f"{tuple(rest)}, one index for each row of logits"),
+        "packed": ([*rest, (classes + 7) // 8], f"{(*rest, (classes + 7) // 8)}, eight labels in a byte"),
+        "index_list": (rest + list(target.shape[-1:]), f"{(*rest, 'K')}, the indices of the positives of each row"),
+    }
+    if target_format not in shapes:
+        return  # unknown, which is an error of its own
+    shape, words = shapes[target_format]
+    if list(target.shape) != shape or (target_format == "index_list" and target.dim() == 0):
+        raise ValueError(
+            f"target_format={target_format!r} needs a target of shape {words}, for input of shape "
+            f"{tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    if target_format == "packed" and target.dtype is not torch.uint8:
+        raise TypeError(f"target must have dtype uint8 for target_format='packed', got {target.dtype}")
+    if not is_index:
+        raise TypeError(f"target must have an integer dtype for target_format={target_format!r}, got {target.dtype}")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = _OTHERS, hint: str = "") -> None:
@@ -65,41 +97,150 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = _O
         raise TypeError(f"{name} must have dtype {names}, got {tensor.dtype}{hint}")
 
 
-def check_labels(target: Tensor, mask: Tensor | None = None, ignore_value: float | None = None) -> None:
-    """Check that a target of an integer dtype holds 0 and 1 alone, where it counts.
+def check_targets(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Check that each target which counts is a label or an index; with `check_target` that it is in [0, 1].
 
     The kernels do so as they read it; this is for where they do not, and to say which one is wrong. Values that cannot
     be read now, those of traced programs for example, are not checked, nor those with a mask under vmap. On a GPU a
     failed assertion of the device does not come to here.
 
+    Args:
+        tensors: by the names of the op.
+        options: the same.
+
     Raises:
-        ValueError: It does not.
+        ValueError: It is not.
     """
+    input, target, mask = tensors["input"], tensors["target"], tensors.get("mask")
+    target_format, ignore_value = options.get("target_format", "dense"), options.get("ignore_value")
     shapes = target.shape, None if mask is None else mask.shape
     target, mask = unwrapped(target), None if mask is None else unwrapped(mask)
     if mask is not None and (target.shape, mask.shape) != shapes:
         return  # vmap's dimensions stand anywhere: which element of the mask belongs to which target?
-    if target.is_floating_point() or target.dtype is torch.bool:
-        return
     if is_tracing() or not has_memory(target) or target.is_meta:
         return
-    wrong = (target != 0) & (target != 1)
+    if target_format in ("class_index", "packed", "index_list"):
+        check_indices(input, target, target_format, ignore_value)
+        return
+    if target_format == "csr":
+        check_csr(input, tensors["columns"], tensors["rows"])
+        target, _ = reference.dense_target(input, target, tensors["columns"], tensors["rows"], target_format)
+    if target.dtype is torch.bool:
+        return
+    is_soft = target.is_floating_point()
+    if is_soft and not options.get("check_target", False):
+        return
+    wrong = ~((target >= 0) & (target <= 1)) if is_soft else (target != 0) & (target != 1)
     counted = reference.counted(target, mask, ignore_value)
     if counted is not None:
         wrong &= counted
-    if target.is_cuda:
-        torch._assert_async(~wrong.any(), "an integer target must be 0 or 1")
-    elif wrong.any():
-        place = tuple(wrong.nonzero()[0].tolist())
-        value = int(target[place])
-        cures = {
-            255: "target > 0 makes labels of a mask of 0 and 255",
-            -1: "target > 0 takes -1 for a negative, ignore_value=-1 leaves it out",
-        }
-        cure = cures.get(value, "for class indices use torch.nn.functional.one_hot")
+    place = first_wrong(wrong, "a target must be in [0, 1]" if is_soft else "an integer target must be 0 or 1")
+    if place is None:
+        return
+    value = target[place].item()
+    cures: dict[float, str] = {
+        255: "target > 0 makes labels of a mask of 0 and 255",
+        -1: "target > 0 takes -1 for a negative, ignore_value=-1 leaves it out",
+    }
+    cure = cures.get(value, 'for class indices use torch.nn.functional.one_hot, or target_format="class_index"')
+    must = (
+        "must be in [0, 1] with check_target=True"
+        if is_soft
+        else f"an integer target must be 0 or 1 everywhere: {cure}"
+    )
+    raise ValueError(f"target[{', '.join(map(str, place))}] is {value}, but {'it ' if is_soft else ''}{must}")
+
+
+def first_wrong(wrong: Tensor, words: str) -> tuple[int, ...] | None:
+    """Where the first element is True; on a GPU an assertion of the device instead, without waiting for it."""
+    if wrong.is_cuda:
+        torch._assert_async(~wrong.any(), words)
+        return None
+    places = wrong.nonzero()
+    return tuple(int(index) for index in places[0]) if len(places) else None
+
+
+def check_indices(input: Tensor, target: Tensor, target_format: str, ignore_value: float | None) -> None:
+    """Check the values of a target that is not dense."""
+    classes = input.shape[-1]
+    if target_format == "packed":
+        if classes % 8 and target.numel():
+            place = first_wrong(target[..., -1] >> classes % 8 != 0, "the bits behind the last label must be 0")
+            if place is not None:
+                at = ", ".join(map(str, [*place, target.shape[-1] - 1]))
+                raise ValueError(f"target[{at}] has bits behind the last of {classes} labels: they must be 0")
+        return
+    is_list = target_format == "index_list"
+    wrong = (target < (-1 if is_list else 0)) | (target >= classes)
+    if not is_list and ignore_value is not None:
+        wrong &= target != ignore_value
+    place = first_wrong(wrong, "an index of a target is out of range")
+    if place is not None:
+        padding = ", or -1 for none" if is_list else ""
         raise ValueError(
-            f"target[{', '.join(map(str, place))}] is {value}, but an integer target must be 0 or 1 everywhere: {cure}"
+            f"target[{', '.join(map(str, place))}] is {target[place].item()}, but an index must be in "
+            f"[0, {classes - 1}]{padding}"
         )
+    if is_list and target.shape[-1] > 1:
+        ordered, order = torch.sort(target, dim=-1, stable=True)
+        again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        place = first_wrong(again, "an index of a target stands twice in its row")
+        if place is not None:
+            *row, k = place
+            at = ", ".join(map(str, [*row, order[(*row, k + 1)].item()]))
+            raise ValueError(f"target[{at}] is {ordered[place].item()}, which its row has already")
+
+
+def check_csr(input: Tensor, columns: Tensor, rows: Tensor) -> None:
+    """Check the indices of a sparse target."""
+    classes = input.shape[-1]
+    columns, rows = columns.long(), rows.long()
+    wrong = rows.diff() < 0
+    wrong[:1] |= (rows[0] != 0) | (rows[-1] != len(columns))
+    if first_wrong(wrong, "the row indices of a sparse target are wrong") is not None:
+        raise ValueError(f"target.crow_indices() must ascend from 0 to {len(columns)}, the number of values")
+    place = first_wrong((columns < 0) | (columns >= classes), "a column of a sparse target is out of range")
+    if place is not None:
+        raise ValueError(
+            f"target.col_indices()[{place[0]}] is {columns[place].item()}, but a column must be in [0, {classes - 1}]"
+        )
+    begins = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
+    begins[rows] = True
+    place = first_wrong((columns.diff() <= 0) & ~begins[1:-1], "the columns of a sparse target do not ascend")
+    if place is not None:
+        before, after = columns[place[0]].item(), columns[place[0] + 1].item()
+        raise ValueError(
+            f"target.col_indices()[{place[0] + 1}] is {after} after {before}, but the columns of a row must ascend: "
+            "target.to_sparse_coo().coalesce().to_sparse_csr() sorts them and adds up duplicates"
+        )
+
+
+def parts_of_sparse(target: Tensor, input: Tensor, target_format: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, columns and rows of a sparse target.
+
+    Raises:
+        TypeError: It has another layout than CSR, or a dense target was announced in another format.
+        ValueError: It has another shape than `input`, or `target_format` is not "dense".
+        RuntimeError: It requires a gradient.
+    """
+    if target.layout in (torch._mkldnn, torch.jagged):  # type: ignore[attr-defined]
+        check_dense("target", target)
+    if target.layout is not torch.sparse_csr:
+        raise TypeError(
+            f"target must be a dense tensor or a sparse one of layout CSR, got layout {target.layout}: pass "
+            "target.to_sparse_csr()"
+        )
+    if target_format != "dense":
+        raise ValueError(f'a sparse target needs no target_format, got "{target_format}"')
+    if target.dim() != 2 or target.shape != input.shape:
+        raise ValueError(
+            f"Target size ({target.shape}) must be the same as input size ({input.shape}), two dimensions for a sparse "
+            "target"
+        )
+    if target.requires_grad:
+        raise RuntimeError("a sparse target has no gradient: pass target.detach(), or target.to_dense()")
+    with without_transforms():  # they have no rules for these
+        return target.values(), target.col_indices(), target.crow_indices()
 
 
 def check_dense(name: str, tensor: Tensor | None) -> None:

@@ -26,25 +26,28 @@ _op = torch.ops.fused_sce.sigmoid_cross_entropy.default
 
 
 @torch.library.register_fake(_NAME)
-def _fake_loss(
-    input: Tensor, target: Tensor, *rest: Any, reduction: str = "none", dtype: torch.dtype | None = None, **_: object
-) -> Tensor:
-    _checks.check_tensors(input, target, *(*rest, None, None)[:2])
+def _fake_loss(*args: Any, **options: Any) -> Tensor:
+    tensors = dict(zip(_autograd.TENSORS, args, strict=False))
+    target_format, reduction = options.get("target_format", "dense"), options.get("reduction", "none")
+    _checks.check_tensors(tensors, target_format)
     _checks.check_reduction(reduction, ("none", "rows", "sum"))
-    dtype = reference.result_dtype(input, target, dtype)
+    input = tensors["input"]
+    dtype = reference.result_dtype(input, tensors["target"], options.get("dtype"))
     if reduction == "none":
-        return _in_layout_of(input, dtype)
-    return input.new_empty(input.shape[:-1] if reduction == "rows" else (), dtype=dtype)
+        return _in_layout_of(input, dtype, target_format)
+    result: Tensor = input.new_empty(input.shape[:-1] if reduction == "rows" else (), dtype=dtype)
+    return result
 
 
 @torch.library.register_fake("fused_sce::_sigmoid_cross_entropy_backward")
-def _fake_backward(grad_output: Tensor, input: Tensor, *rest: object) -> Tensor:
-    return _in_layout_of(input, input.dtype)
+def _fake_backward(grad_output: Tensor, *args: Any) -> Tensor:
+    names = dict(zip((*_autograd.TENSORS, *_autograd.OPTIONS), args, strict=False))
+    return _in_layout_of(names["input"], names["input"].dtype, names.get("target_format", "dense"))
 
 
-def _in_layout_of(input: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor that lies in memory as the input does, row-major if that has gaps or overlaps."""
-    if is_dense(input):
+def _in_layout_of(input: Tensor, dtype: torch.dtype, target_format: str) -> Tensor:
+    """A tensor that lies in memory as the input does, row-major if that has gaps or overlaps or targets have rows."""
+    if is_dense(input) and target_format == "dense":
         return torch.empty_like(input, dtype=dtype)
     return input.new_empty(input.shape, dtype=dtype)
 
@@ -56,9 +59,10 @@ _library = torch.library.Library("fused_sce", "IMPL")
 
 
 def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Tensor:
-    tensors: Any = (*args, *_autograd.NO_TENSORS)[:7]
-    input, target, weight, pos_weight, _, mask, alpha = tensors
-    options = tuple(kwargs.get(argument.name, argument.default_value) for argument in _op._schema.arguments[7:])
+    tensors = (*args, *[None] * (len(_autograd.TENSORS) - len(args)))
+    input, target, *_ = tensors
+    defaults = _op._schema.arguments[len(tensors) :]
+    options = tuple(kwargs.get(argument.name, argument.default_value) for argument in defaults)
     if type(input) is not Tensor or type(target) is not Tensor:
         _sharding.register_for(input, target)
     try:
@@ -69,8 +73,9 @@ def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any)
         value: Tensor = _op.redispatch(keyset & after_autograd, *tensors, **kwargs)
         return value
     except Exception:
-        _checks.check_tensors(input, target, weight, pos_weight, mask, alpha)
-        _checks.check_labels(target, mask, kwargs.get("ignore_value"))
+        named = dict(zip(_autograd.TENSORS, tensors, strict=True))
+        _checks.check_tensors(named, kwargs.get("target_format", "dense"))
+        _checks.check_targets(named, kwargs)
         raise
 
 
@@ -112,13 +117,15 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 @torch.library.register_vmap(_NAME)
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **options: Any) -> tuple[Tensor, int]:
+    if options.get("target_format", "dense") != "dense":
+        raise NotImplementedError("vmap needs dense targets: reference.dense_target makes them")
     # The batch dimension first, of size 1 where all samples share a tensor.
     batched = [
         None if tensor is None else tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims, strict=False)
     ]
-    *arguments, count, mask, alpha = (*batched, *_autograd.NO_TENSORS)[:7]
-    arguments += [mask, alpha]
+    arguments = [*batched, *[None] * (len(_autograd.TENSORS) - len(batched))]
+    count, arguments[4] = arguments[4], None
     assert arguments[0] is not None
     sample = arguments[0].shape[1:]
     is_sum = options.get("reduction") == "sum"
@@ -132,8 +139,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None, *
         if place < 2:
             aligned = aligned.expand(info.batch_size, *aligned.shape[1:])
         arguments[place] = aligned.expand(-1, *sample).reshape(len(aligned), -1) if is_sum else aligned
-    *arguments, mask, alpha = arguments
-    loss: Tensor = _op(*arguments, None, mask, alpha, **options)
+    loss: Tensor = _op(*arguments, **options)
     if count is not None:
         loss = loss / count.reshape(-1, *(1,) * (loss.dim() - 1)).clamp(min=1)
     return loss, 0

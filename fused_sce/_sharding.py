@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fused_sce import _autograd
 from fused_sce._torch_private import decide_by_options, is_transforming, unwrapped
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def _backward(grad_output: DTensorSpec, input: DTensorSpec, *rest: Any) -> list[
 
 def _arguments(placement: Placement, input: DTensorSpec, *rest: Any) -> list[Placement | None]:
     """The placements of all arguments for this one of the logits. The count of one element broadcasts as a weight."""
-    tensors, options = rest[:6], rest[6:]
+    others = len(_autograd.TENSORS) - 1
+    tensors, options = rest[:others], rest[others:]
     return [placement, *_beside(placement, input, *tensors), *[None] * len(options)]
 
 

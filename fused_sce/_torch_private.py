@@ -30,6 +30,8 @@ is_tracing = torch._C._is_tracing
 """Whether `torch.jit.trace` is running."""
 is_transforming = torch._C._are_functorch_transforms_active
 """Whether the call is inside a transform of `torch.func`."""
+without_transforms = torch._C._DisableFuncTorch
+"""A context in which the transforms of `torch.func` do not see what is called."""
 legacy_reduction = _reduction.legacy_get_string
 """The reduction that torch's deprecated `size_average` and `reduce` mean."""
 

@@ -12,14 +12,14 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_sce import _autograd, _library, _sharding, reference
-from fused_sce._checks import check_labels, check_reduction, check_tensors
+from fused_sce._checks import PUBLIC_NAMES, check_reduction, check_targets, check_tensors, parts_of_sparse
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import (
     is_differentiating,
@@ -44,6 +44,12 @@ Arguments = ParamSpec("Arguments")
 
 REDUCTIONS = ("mean", "sum", "none", "sum_classes")
 """Of the losses that are not torch's."""
+
+TARGET_FORMATS = ("dense", "class_index", "packed", "index_list")
+"""Of these losses; a sparse target has its own."""
+
+_NO_FOCUS = (0.0, 0.0, 0.0, None)
+"""`gamma_pos`, `gamma_neg`, `clip` and `alpha` of the plain loss."""
 
 Call = tuple[_autograd.Tensors, _autograd.Options, bool]
 """What a loss asks of the op: tensors, options and whether in place. A count of `_COUNTED` is still to be made."""
@@ -81,12 +87,17 @@ def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
     except TypeError:
         return  # what the call itself raised names the function
     input, target = (arguments.pop(name) for name in list(arguments)[:2])
-    weight, pos_weight, mask, alpha = (arguments.get(name) for name in ("weight", "pos_weight", "mask", "alpha"))
-    if not isinstance(alpha, Tensor):
-        alpha = None
+    tensors = {"input": input, "target": target, **arguments}
+    for name, public in PUBLIC_NAMES.items():
+        tensors[name] = arguments[public] if isinstance(arguments.get(public), Tensor) else None
+    target_format = arguments.get("target_format", "dense")
     try:
-        check_tensors(input, target, weight, pos_weight, mask, alpha)
-        check_labels(target, mask, arguments.get("ignore_value"))
+        takes_sparse = "target_format" in signature.parameters and isinstance(input, Tensor)
+        if takes_sparse and isinstance(target, Tensor) and target.layout is not torch.strided:
+            tensors["target"], tensors["columns"], tensors["rows"] = parts_of_sparse(target, input, target_format)
+            target_format = "csr"
+        check_tensors(tensors, target_format)
+        check_targets(tensors, {**arguments, "target_format": target_format})
     except Exception as explanation:
         raise explanation from None
 
@@ -109,7 +120,7 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     check_reduction(reduction)
-    return (input, target, weight, pos_weight, None, None, None), _reduced(input, reduction), False
+    return _tensors(input, target, weight, pos_weight), _reduced(input, reduction), False
 
 
 @_loss_function
@@ -122,8 +133,11 @@ def sigmoid_cross_entropy(
     mask: Tensor | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    smoothing_prior: float = 0.5,
+    smoothing_prior: float | Tensor = 0.5,
+    target_threshold: float | None = None,
     ignore_value: float | None = None,
+    target_format: str = "dense",
+    check_target: bool = False,
     inplace: bool = False,
 ) -> Call:
     """Sigmoid cross-entropy with all options of the kernels.
@@ -140,9 +154,18 @@ def sigmoid_cross_entropy(
         reduction: "mean" over all elements that count, 0 if there is none; "sum"; "none"; or "sum_classes": the sum
             over the last dimension, averaged over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
         label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`, rounded to the dtype computed in.
-        smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's.
+        smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's. A tensor, the frequency of each label for
+            example, broadcasts to the input's shape.
+        target_threshold: after the smoothing the target becomes 1 where it is larger, else 0, as timm's. NaN stays NaN.
         ignore_value: where the target equals it, or is NaN as it is, an element does not count. Usually -1, -100 or
-            NaN.
+            NaN. For class indices it is an index: rows that have it do not count.
+        target_format: "dense"; "class_index": `target` of shape (...,) holds the index of the only positive of each row
+            of logits (..., C), as timm's `BinaryCrossEntropy` takes it; "packed": (..., ceil(C / 8)) uint8, eight
+            labels in a byte, the first in the lowest bit, as `numpy.packbits(labels, -1, "little")` makes it;
+            "index_list": (..., K) indices of the positives of each row, padded with -1. A sparse CSR tensor (N, C) is
+            taken as it is: its values are the targets, 0 where it has none. Indices that are out of range, or twice in
+            a row, are errors.
+        check_target: a soft target outside of [0, 1] that counts is an error. Integer targets are checked always.
         inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Read them (for
             metrics, say) before the loss: afterwards they hold the gradient. A backward pass through another use of
             them, before or after the loss, `backward` for a second time, `create_graph=True` and a gradient by another
@@ -156,18 +179,16 @@ def sigmoid_cross_entropy(
     Raises:
         TypeError: An argument is no dense tensor, or has another dtype than these; `weight` and `pos_weight` may have
             those of `target`. `mask` is not of dtype bool, or `ignore_value` no number.
-        ValueError: `target`'s shape differs from `input`'s, an integer `target` that counts is not 0 or 1 (on a GPU
-            this is a failed assertion of the device), `reduction` is unknown, "sum_classes" met a scalar, or
-            `label_smoothing` or `smoothing_prior` is not in [0, 1].
+        ValueError: `target`'s shape differs from `input`'s, an integer `target` that counts is not 0 or 1, an index is
+            wrong, a target is not in [0, 1] with `check_target` (on a GPU these are failed assertions of the device),
+            `reduction` or `target_format` is unknown, "sum_classes" met a scalar, or `label_smoothing` or
+            `smoothing_prior` is not in [0, 1].
         RuntimeError: `weight`, `pos_weight` or `mask` does not broadcast, tensors are on different devices, or
             `inplace` would overwrite a leaf that requires grad.
     """
-    return _described(
-        (input, target, weight, pos_weight, None, mask, None),
-        reduction,
-        (label_smoothing, smoothing_prior, ignore_value),
-        inplace,
-    )
+    tensors = _tensors(input, target, weight, pos_weight, mask)
+    of_target = OfTarget(label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+    return _described(tensors, reduction, of_target, (), inplace)
 
 
 @_loss_function
@@ -182,8 +203,11 @@ def sigmoid_focal_loss(
     pos_weight: Tensor | None = None,
     mask: Tensor | None = None,
     label_smoothing: float = 0.0,
-    smoothing_prior: float = 0.5,
+    smoothing_prior: float | Tensor = 0.5,
+    target_threshold: float | None = None,
     ignore_value: float | None = None,
+    target_format: str = "dense",
+    check_target: bool = False,
     inplace: bool = False,
 ) -> Call:
     """Focal loss: `torchvision.ops.sigmoid_focal_loss`, fused and right in both tails.
@@ -204,7 +228,10 @@ def sigmoid_focal_loss(
         mask: bool; where it is False, an element does not count.
         label_smoothing: in [0, 1].
         smoothing_prior: in [0, 1].
+        target_threshold: makes labels of soft targets.
         ignore_value: a target that does not count.
+        target_format: "dense", "class_index", "packed" or "index_list".
+        check_target: soft targets outside of [0, 1] are errors.
         inplace: the gradient overwrites the memory of the logits.
 
     Returns:
@@ -216,13 +243,9 @@ def sigmoid_focal_loss(
     """
     check_gammas(gamma=gamma)
     label_alpha = alpha if isinstance(alpha, Tensor) else None
-    return _described(
-        (inputs, targets, weight, pos_weight, None, mask, label_alpha),
-        reduction,
-        (label_smoothing, smoothing_prior, ignore_value, gamma, gamma, 0.0, check_alpha(alpha)),
-        inplace,
-        promotes=True,
-    )
+    tensors = _tensors(inputs, targets, weight, pos_weight, mask, label_alpha)
+    of_target = OfTarget(label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+    return _described(tensors, reduction, of_target, (gamma, gamma, 0.0, check_alpha(alpha)), inplace, promotes=True)
 
 
 @_loss_function
@@ -238,8 +261,11 @@ def asymmetric_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    smoothing_prior: float = 0.5,
+    smoothing_prior: float | Tensor = 0.5,
+    target_threshold: float | None = None,
     ignore_value: float | None = None,
+    target_format: str = "dense",
+    check_target: bool = False,
     inplace: bool = False,
 ) -> Call:
     """Asymmetric loss: timm's `AsymmetricLossMultiLabel`, fused and right in both tails.
@@ -261,7 +287,10 @@ def asymmetric_loss(
         mask: bool; where it is False, an element does not count.
         label_smoothing: in [0, 1].
         smoothing_prior: in [0, 1].
+        target_threshold: makes labels of soft targets.
         ignore_value: a target that does not count.
+        target_format: "dense", "class_index", "packed" or "index_list".
+        check_target: soft targets outside of [0, 1] are errors.
         inplace: the gradient overwrites the memory of the logits.
 
     Returns:
@@ -271,40 +300,64 @@ def asymmetric_loss(
         TypeError, ValueError, RuntimeError: As in `sigmoid_cross_entropy`, and for `gamma_neg`, `gamma_pos` and `clip`.
     """
     check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
-    return _described(
-        (input, target, weight, pos_weight, None, mask, None),
-        reduction,
-        (label_smoothing, smoothing_prior, ignore_value, gamma_pos, gamma_neg, check_clip(clip)),
-        inplace,
-    )
+    tensors = _tensors(input, target, weight, pos_weight, mask)
+    of_target = OfTarget(label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+    return _described(tensors, reduction, of_target, (gamma_pos, gamma_neg, check_clip(clip), None), inplace)
+
+
+class OfTarget(NamedTuple):
+    """The options that say what a target means."""
+
+    label_smoothing: float
+    smoothing_prior: float | Tensor
+    target_threshold: float | None
+    ignore_value: float | None
+    target_format: str
+    check_target: bool
+
+
+def _tensors(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    label_alpha: Tensor | None = None,
+) -> _autograd.Tensors:
+    """The tensors of the op."""
+    return input, target, weight, pos_weight, None, mask, label_alpha, None, None, None
 
 
 def _described(
     tensors: _autograd.Tensors,
     reduction: str,
-    options: tuple[Any, ...],
+    of_target: OfTarget,
+    focus: tuple[Any, ...],
     inplace: bool,
     promotes: bool = False,
 ) -> Call:
-    """The call of a loss of ours. `options` are the op's from `label_smoothing` on.
+    """The call of a loss of ours; `focus` are the options `gamma_pos`, `gamma_neg`, `clip` and `alpha`.
 
     `promotes`: the dtype of the loss is that to which torch promotes input and target.
     """
-    input, target, weight, pos_weight, count, mask, label_alpha = tensors
-    label_smoothing, smoothing_prior, ignore_value = options[:3]
+    input, target, weight, pos_weight, count, mask, label_alpha, prior, columns, rows = tensors
     check_reduction(reduction, REDUCTIONS)
-    check_smoothing(label_smoothing, smoothing_prior)
-    check_ignore_value(ignore_value)
-    rows, dtype, divisor = _reduced(input, reduction)
+    check_target_options(of_target)
+    smoothing, smoothing_prior, threshold, ignore_value, target_format, check_target = of_target
+    if isinstance(smoothing_prior, Tensor):
+        prior, smoothing_prior = smoothing_prior, 0.5
+    if target.layout is not torch.strided:
+        target, columns, rows = parts_of_sparse(target, input, target_format)
+        target_format = "csr"
+    added_up, dtype, divisor = _reduced(input, reduction)
     if promotes and input.dtype != target.dtype and autocast_dtype(input, target) is None:
         dtype = torch.promote_types(input.dtype, target.dtype)
     if reduction == "mean" and (mask is not None or ignore_value is not None):
         count, divisor = _COUNTED, 1
-    return (
-        (input, target, weight, pos_weight, count, mask, label_alpha),
-        (rows, dtype, divisor, *options),
-        inplace,
-    )
+    options = (added_up, dtype, divisor, smoothing, smoothing_prior, ignore_value, *focus)
+    if threshold is not None or check_target or target_format != "dense":
+        options = (*options, *_NO_FOCUS[len(focus) :], threshold, check_target, target_format)
+    return (input, target, weight, pos_weight, count, mask, label_alpha, prior, columns, rows), options, inplace
 
 
 @_loss_function
@@ -344,17 +397,35 @@ def multilabel_soft_margin_loss(
     if divisor == 0 and reduction == "sum" and input.shape[:-1].numel() == 0:
         divisor = 1  # the sum of no samples is 0, as torch's, not 0 / 0
     options = ("rows" if reduction == "none" else "sum", dtype, divisor)
-    return (input, target, weight, None, None, None, None), options, False
+    return _tensors(input, target, weight), options, False
 
 
-def check_ignore_value(ignore_value: float | None) -> None:
-    """Check that option of `sigmoid_cross_entropy`.
+def check_target_options(options: OfTarget) -> None:
+    """Check the options that say what a target means.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: One is no number, or no string.
+        ValueError: One has a value that it cannot have.
+        RuntimeError: `smoothing_prior` requires a gradient.
     """
-    if ignore_value is not None and not isinstance(ignore_value, float | int | torch.SymFloat):
-        raise TypeError(f"ignore_value must be a number or None, got {type(ignore_value).__name__}")
+    smoothing, prior, threshold, ignore_value, target_format, _ = options
+    if isinstance(prior, Tensor) and prior.requires_grad:
+        raise RuntimeError("smoothing_prior has no gradient: pass smoothing_prior.detach()")
+    fractions = {"label_smoothing": smoothing, "smoothing_prior": 0.5 if isinstance(prior, Tensor) else prior}
+    for name, value in fractions.items():
+        if not isinstance(value, float | int | torch.SymFloat):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    for name, number in (("ignore_value", ignore_value), ("target_threshold", threshold)):
+        if number is not None and not isinstance(number, float | int | torch.SymFloat):
+            raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
+    if threshold is not None and math.isnan(threshold):
+        raise ValueError("target_threshold must not be NaN")
+    if target_format not in TARGET_FORMATS:
+        raise ValueError(
+            f"{target_format} is not a valid value for target_format: it must be one of {', '.join(TARGET_FORMATS)}"
+        )
 
 
 def check_gammas(**gammas: float) -> None:
@@ -403,20 +474,6 @@ def check_alpha(alpha: float | Tensor | None) -> float | None:
     return None if alpha == -1.0 else alpha
 
 
-def check_smoothing(label_smoothing: float, smoothing_prior: float) -> None:
-    """Check both options of `sigmoid_cross_entropy`.
-
-    Raises:
-        TypeError: One of them is no number.
-        ValueError: One of them is not in [0, 1].
-    """
-    for name, value in (("label_smoothing", label_smoothing), ("smoothing_prior", smoothing_prior)):
-        if not isinstance(value, float | int | torch.SymFloat):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-
-
 def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
     """The op's first options for a reduction: what it adds up, the default dtype, and what divides the sum."""
     if reduction == "mean":
@@ -431,27 +488,35 @@ def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
 _COUNTED: Any = object()
 """In the place of `count`: the number of elements that count."""
 
-_IGNORE_VALUE = _autograd.OPTIONS.index("ignore_value")
-"""Its place among the options."""
+
+def _option(options: _autograd.Options, name: str, default: Any) -> Any:
+    """An option of a call, which may be too short to have it."""
+    place = _autograd.OPTIONS.index(name)
+    return options[place] if place < len(options) else default
 
 
 def _with_count(tensors: _autograd.Tensors, options: _autograd.Options, by_kernel: bool) -> _autograd.Tensors:
     """The tensors with the count that they ask for."""
-    input, target, weight, pos_weight, count, mask, label_alpha = tensors
+    input, target, _, _, count, mask, _, _, columns, rows = tensors
     if count is not _COUNTED:
         return tensors
     if by_kernel:
-        count = _autograd.count((input, target, None, None, None, mask, None), options)
+        asked = (input, target, None, None, None, mask, None, None, columns, rows)
+        count = _autograd.count(asked, options)
     else:
-        counted = reference.counted(target.detach(), mask, options[_IGNORE_VALUE])
+        target_format, ignore_value = _option(options, "target_format", "dense"), _option(options, "ignore_value", None)
+        target = target.detach()
+        if ignore_value is not None:
+            target, ignore_value = reference.dense_target(input, target, columns, rows, target_format, ignore_value)
+        counted = reference.counted(target, mask, ignore_value)
         assert counted is not None
         count = counted.expand(input.shape).sum()
-    return input, target, weight, pos_weight, count, mask, label_alpha
+    return *tensors[:4], count, *tensors[5:]
 
 
 def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
     """Dispatch a call. `is_usual` holds in ordinary training, where each microsecond counts."""
-    input, target, weight, pos_weight, count, mask, label_alpha = tensors
+    input, target = tensors[:2]
     is_usual = (
         type(input) is Tensor
         and type(target) is Tensor
@@ -460,30 +525,51 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
     )
     if not is_usual:
         _sharding.register()  # they may be DTensors
-        check_tensors(input, target, weight, pos_weight, mask, label_alpha)
+        _check(tensors, options)
         options = _with_autocast(tensors, options)
-    if count is not None:
+    if tensors[4] is not None:
         tensors = _with_count(tensors, options, is_usual and input.is_cpu)
     if not is_usual:
         # A trace would keep the divisor of its example.
         if is_tracing() or is_differentiating() or _needs_reference(input):
-            check_labels(target, mask, options[_IGNORE_VALUE] if len(options) > _IGNORE_VALUE else None)
+            check_targets(_named(tensors), dict(zip(_autograd.OPTIONS, options, strict=False)))
             return reference.sigmoid_cross_entropy(*tensors, *options)
         if is_transforming():  # by vmap alone
-            return _autograd.call_op(tensors, options)
+            return _autograd.call_op(*_dense(tensors, options))
     if inplace:
-        inplace = _can_overwrite(*tensors[:4], label_alpha)
+        inplace = _can_overwrite(tensors)
     return _autograd.loss(tensors, options, inplace)
 
 
 def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool) -> Tensor:
     """The op as one node of a graph, or the reference."""
-    check_tensors(*tensors[:4], *tensors[5:])
+    _check(tensors, options)
     options = _with_autocast(tensors, options)
     tensors = _with_count(tensors, options, by_kernel=False)
     if is_transforming() or _needs_reference(tensors[0]):
         return reference.sigmoid_cross_entropy(*tensors, *options)
     return _autograd.call_op(tensors, options)
+
+
+def _named(tensors: _autograd.Tensors) -> dict[str, Any]:
+    return dict(zip(_autograd.TENSORS, tensors, strict=True))
+
+
+def _check(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
+    check_tensors(_named(tensors), _option(options, "target_format", "dense"))
+
+
+def _dense(tensors: _autograd.Tensors, options: _autograd.Options) -> tuple[_autograd.Tensors, _autograd.Options]:
+    """The call with a dense target."""
+    names = dict(zip(_autograd.OPTIONS, options, strict=False))
+    if names.get("target_format", "dense") == "dense":
+        return tensors, options
+    input, target, *others, columns, rows = tensors
+    target, ignore_value = reference.dense_target(
+        input, target, columns, rows, names["target_format"], names["ignore_value"]
+    )
+    names |= {"ignore_value": ignore_value, "target_format": "dense"}
+    return (input, target, *others, None, None), tuple(names.values())
 
 
 def _with_autocast(tensors: _autograd.Tensors, options: _autograd.Options) -> _autograd.Options:
@@ -517,14 +603,13 @@ def _warn_without_kernels(device_type: str) -> None:
     )
 
 
-def _can_overwrite(
-    logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, alpha: Tensor | None
-) -> bool:
+def _can_overwrite(tensors: _autograd.Tensors) -> bool:
     """Whether the gradient can lie in the memory of the logits.
 
     Raises:
         RuntimeError: They are parameters, whose values must survive, or needed for another gradient.
     """
+    logits = tensors[0]
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return False
     base = logits if logits._base is None else logits._base
@@ -533,11 +618,11 @@ def _can_overwrite(
             "inplace=True would overwrite a leaf tensor that requires grad, or a view of one, with its gradient: pass "
             "the output of a layer, or use inplace=False"
         )
-    others = {"target": target, "weight": weight, "pos_weight": pos_weight, "alpha": alpha}
-    for name, tensor in others.items():
+    for name, tensor in list(_named(tensors).items())[1:]:
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(
-                f"inplace=True has no gradient by {name}: it overwrites the logits, which that needs. Use inplace=False"
+                f"inplace=True has no gradient by {PUBLIC_NAMES.get(name, name)}: it overwrites the logits, which that "
+                "needs. Use inplace=False"
             )
     if type(logits) is not Tensor or logits.is_meta or logits.is_neg() or logits.retains_grad:
         return False

@@ -73,6 +73,11 @@ class MultiLabelSoftMarginLoss(_KeepsParameters, nn.MultiLabelSoftMarginLoss):
         return functional.multilabel_soft_margin_loss(input, target, weight, reduction=self.reduction)
 
 
+def _shown(value: object) -> object:
+    """A value in the repr of a module."""
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+
+
 class _SigmoidLoss(_KeepsParameters):
     """What our own losses have in common: factors, the reduction and the options of the target."""
 
@@ -80,8 +85,11 @@ class _SigmoidLoss(_KeepsParameters):
     pos_weight: Tensor | None
     # Defaults for pickles of a version without these options.
     label_smoothing = 0.0
-    smoothing_prior = 0.5
+    smoothing_prior: float | Tensor
+    target_threshold: float | None = None
     ignore_value: float | None = None
+    target_format = "dense"
+    check_target = False
     inplace = False
 
     def __init__(
@@ -90,14 +98,17 @@ class _SigmoidLoss(_KeepsParameters):
         pos_weight: Tensor | None,
         reduction: str,
         label_smoothing: float,
-        smoothing_prior: float,
+        smoothing_prior: float | Tensor,
+        target_threshold: float | None,
         ignore_value: float | None,
+        target_format: str,
+        check_target: bool,
         inplace: bool,
     ) -> None:
         super().__init__()
         check_reduction(reduction, functional.REDUCTIONS)
-        functional.check_smoothing(label_smoothing, smoothing_prior)
-        functional.check_ignore_value(ignore_value)
+        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+        functional.check_target_options(functional.OfTarget(*of_target))
         for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
             if not isinstance(factor, Tensor | None):
                 raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
@@ -105,9 +116,20 @@ class _SigmoidLoss(_KeepsParameters):
         self.register_buffer("pos_weight", pos_weight)
         self.reduction = reduction
         self.label_smoothing = label_smoothing
-        self.smoothing_prior = smoothing_prior
+        if isinstance(smoothing_prior, Tensor):
+            self.register_buffer("smoothing_prior", smoothing_prior)
+        else:
+            self.smoothing_prior = smoothing_prior
+        self.target_threshold = target_threshold
         self.ignore_value = ignore_value
+        self.target_format = target_format
+        self.check_target = check_target
         self.inplace = inplace
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "smoothing_prior" not in state["_buffers"]:  # which a default of the class would stand in the way of
+            state.setdefault("smoothing_prior", 0.5)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -116,7 +138,10 @@ class _SigmoidLoss(_KeepsParameters):
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,
             "smoothing_prior": self.smoothing_prior,
+            "target_threshold": self.target_threshold,
             "ignore_value": self.ignore_value,
+            "target_format": self.target_format,
+            "check_target": self.check_target,
             "inplace": self.inplace,
         }
 
@@ -124,10 +149,13 @@ class _SigmoidLoss(_KeepsParameters):
         """The arguments shown in the module's repr."""
         shown = f"reduction={self.reduction!r}"
         if self.label_smoothing:
-            shown += f", label_smoothing={self.label_smoothing}, smoothing_prior={self.smoothing_prior}"
-        if self.ignore_value is not None:
-            shown += f", ignore_value={self.ignore_value}"
-        return shown + (", inplace=True" if self.inplace else "")
+            shown += f", label_smoothing={self.label_smoothing}, smoothing_prior={_shown(self.smoothing_prior)}"
+        for name in ("target_threshold", "ignore_value"):
+            if getattr(self, name) is not None:
+                shown += f", {name}={getattr(self, name)}"
+        if self.target_format != "dense":
+            shown += f", target_format={self.target_format!r}"
+        return shown + ", check_target=True" * self.check_target + ", inplace=True" * self.inplace
 
 
 @refuse_torchscript
@@ -149,11 +177,15 @@ class SigmoidCrossEntropyLoss(_SigmoidLoss):
         pos_weight: Tensor | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        smoothing_prior: float = 0.5,
+        smoothing_prior: float | Tensor = 0.5,
+        target_threshold: float | None = None,
         ignore_value: float | None = None,
+        target_format: str = "dense",
+        check_target: bool = False,
         inplace: bool = False,
     ) -> None:
-        super().__init__(weight, pos_weight, reduction, label_smoothing, smoothing_prior, ignore_value, inplace)
+        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+        super().__init__(weight, pos_weight, reduction, *of_target, inplace)
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of logits `input` for `target`, of the elements for which `mask` is True."""
@@ -184,11 +216,15 @@ class SigmoidFocalLoss(_SigmoidLoss):
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
-        smoothing_prior: float = 0.5,
+        smoothing_prior: float | Tensor = 0.5,
+        target_threshold: float | None = None,
         ignore_value: float | None = None,
+        target_format: str = "dense",
+        check_target: bool = False,
         inplace: bool = False,
     ) -> None:
-        super().__init__(weight, pos_weight, reduction, label_smoothing, smoothing_prior, ignore_value, inplace)
+        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+        super().__init__(weight, pos_weight, reduction, *of_target, inplace)
         functional.check_gammas(gamma=gamma)
         functional.check_alpha(alpha)
         if isinstance(alpha, Tensor):
@@ -203,8 +239,7 @@ class SigmoidFocalLoss(_SigmoidLoss):
 
     def extra_repr(self) -> str:
         """The arguments shown in the module's repr."""
-        alpha = f"tensor of shape {tuple(self.alpha.shape)}" if isinstance(self.alpha, Tensor) else self.alpha
-        return f"alpha={alpha}, gamma={self.gamma}, {super().extra_repr()}"
+        return f"alpha={_shown(self.alpha)}, gamma={self.gamma}, {super().extra_repr()}"
 
 
 @refuse_torchscript
@@ -229,11 +264,15 @@ class AsymmetricLoss(_SigmoidLoss):
         pos_weight: Tensor | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        smoothing_prior: float = 0.5,
+        smoothing_prior: float | Tensor = 0.5,
+        target_threshold: float | None = None,
         ignore_value: float | None = None,
+        target_format: str = "dense",
+        check_target: bool = False,
         inplace: bool = False,
     ) -> None:
-        super().__init__(weight, pos_weight, reduction, label_smoothing, smoothing_prior, ignore_value, inplace)
+        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+        super().__init__(weight, pos_weight, reduction, *of_target, inplace)
         functional.check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
         functional.check_clip(clip)
         self.gamma_neg = gamma_neg

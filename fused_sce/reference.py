@@ -8,8 +8,8 @@ dozen kernels and as many temporaries.
 `gradients` are the derivatives written out, right for infinite arguments too, where automatic differentiation of the
 loss adds up terms and gives inf - inf.
 
-Shapes: input and target (any shape, the same for both); weight, pos_weight, mask and label_alpha broadcast to it; count
-has one element.
+Shapes: input and target (any shape, the same for both; other formats of targets: `dense_target`); weight, pos_weight,
+mask, label_alpha and prior broadcast to it; count has one element.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def sigmoid_cross_entropy(
     count: Tensor | None = None,
     mask: Tensor | None = None,
     label_alpha: Tensor | None = None,
+    prior: Tensor | None = None,
+    columns: Tensor | None = None,
+    rows: Tensor | None = None,
     reduction: str = "none",
     dtype: torch.dtype | None = None,
     divisor: int = 1,
@@ -45,6 +48,9 @@ def sigmoid_cross_entropy(
     gamma_neg: float = 0.0,
     clip: float = 0.0,
     alpha: float | None = None,
+    target_threshold: float | None = None,
+    check_target: bool = False,
+    target_format: str = "dense",
 ) -> Tensor:
     """The loss `weight alpha m^g (pos_weight t softplus(-x) - (1 - t) log(1 - q))`, where `softplus(x) = log(1 + e^x)`.
 
@@ -60,6 +66,9 @@ def sigmoid_cross_entropy(
         count: int64; divides the loss as well. 0 divides as 1.
         mask: bool; where it is false, an element does not count: its loss and gradients are 0.
         label_alpha: a, instead of `alpha`.
+        prior: p, instead of `smoothing_prior`.
+        columns: see `dense_target`.
+        rows: see `dense_target`.
         reduction: "none", "rows" (sum over the last dimension) or "sum" (over all).
         dtype: of the result; default `result_dtype(input, target)`.
         divisor: divides the loss.
@@ -70,11 +79,16 @@ def sigmoid_cross_entropy(
         gamma_neg: both make easy elements weigh less.
         clip: in [0, 1).
         alpha: a; None: the factor alpha is 1.
+        target_threshold: after the smoothing the target becomes 1 where it is larger, else 0.
+        check_target: not looked at here.
+        target_format: see `dense_target`.
 
     Returns:
         A tensor of shape `input.shape`, `input.shape[:-1]` or ().
     """
-    x, t = _computable(input, target, label_smoothing, smoothing_prior)
+    dtype = result_dtype(input, target, dtype)
+    target, ignore_value = dense_target(input, target, columns, rows, target_format, ignore_value)
+    x, t = _computable(input, target, label_smoothing, smoothing_prior if prior is None else prior, target_threshold)
     counts = counted(target, mask, ignore_value)
     w, p = _weight(weight, counts, x), _factor(pos_weight, x)
     focus = _focus(gamma_pos, gamma_neg, clip, alpha, label_alpha, x)
@@ -87,7 +101,7 @@ def sigmoid_cross_entropy(
         loss = loss.sum(-1, dtype=wide)
     elif reduction == "sum":
         loss = loss.sum(dtype=wide)
-    return _divided(loss, divisor, count).to(result_dtype(input, target, dtype))
+    return _divided(loss, divisor, count).to(dtype)
 
 
 def gradients(
@@ -100,6 +114,9 @@ def gradients(
     count: Tensor | None,
     mask: Tensor | None,
     label_alpha: Tensor | None,
+    prior: Tensor | None,
+    columns: Tensor | None,
+    rows: Tensor | None,
     reduction: str,
     dtype: torch.dtype | None,
     divisor: int,
@@ -110,6 +127,9 @@ def gradients(
     gamma_neg: float = 0.0,
     clip: float = 0.0,
     alpha: float | None = None,
+    target_threshold: float | None = None,
+    check_target: bool = False,
+    target_format: str = "dense",
 ) -> tuple[Tensor | None, ...]:
     """The gradients by input, target, weight, pos_weight and label_alpha, as far as they are wanted.
 
@@ -117,7 +137,8 @@ def gradients(
     `grad_output` is the gradient of the loss, as it broadcasts to the input's shape; the arguments after it are those
     of `sigmoid_cross_entropy`.
     """
-    x, t = _computable(input, target, label_smoothing, smoothing_prior)
+    target, ignore_value = dense_target(input, target, columns, rows, target_format, ignore_value)
+    x, t = _computable(input, target, label_smoothing, smoothing_prior if prior is None else prior, target_threshold)
     counts = counted(target, mask, ignore_value)
     w, p = _weight(weight, counts, x), _factor(pos_weight, x)
     upstream = grad_output.to(x.dtype)
@@ -160,7 +181,7 @@ def gradients(
     if wanted[0]:
         by_input = _product(of_loss, by_x).to(input.dtype)
     if wanted[1]:
-        kept = 1 - label_smoothing
+        kept = 1 - label_smoothing if target_threshold is None else 0.0
         by_target = (_product(of_loss, kept * by_t) if kept else torch.zeros_like(by_t)).to(target.dtype)
     if wanted[3]:
         assert pos_weight is not None
@@ -169,14 +190,61 @@ def gradients(
     return by_input, by_target, by_weight, by_pos_weight, by_alpha
 
 
-def _computable(input: Tensor, target: Tensor, smoothing: float, prior: float) -> tuple[Tensor, Tensor]:
-    """Logits and smoothed target in the dtype computed in: float64 if one of them is, else float32."""
+def dense_target(
+    input: Tensor,
+    target: Tensor,
+    columns: Tensor | None,
+    rows: Tensor | None,
+    target_format: str,
+    ignore_value: float | None = None,
+) -> tuple[Tensor, float | None]:
+    """The targets of all logits, and the value of those that do not count.
+
+    Args:
+        input: logits, (..., C).
+        target: as `target_format` says. Its values are not checked.
+        columns: of "csr": the column of each value.
+        rows: of "csr": where each row begins among these, and the end.
+        target_format: "dense"; "class_index": (...,) indices of the only positive of each row; "packed": (..., ceil(C /
+            8)) bytes of eight labels, the first in the lowest bit; "index_list": (..., K) indices of positives, padded
+            with -1; "csr": the values of a sparse matrix, row by row.
+        ignore_value: of "class_index" an index: then the rows that have it become NaN.
+    """
+    if target_format == "dense":
+        return target, ignore_value
+    classes = input.shape[-1]
+    if target_format == "class_index":
+        index = target.unsqueeze(-1).long()
+        labels = index == torch.arange(classes, device=input.device)
+        if ignore_value is None:
+            return labels, None
+        return torch.where(index == ignore_value, math.nan, labels.to(input.dtype)), math.nan
+    if target_format == "packed":
+        bits = target.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=input.device) & 1
+        return bits.flatten(-2)[..., :classes].bool(), ignore_value
+    if target_format == "index_list":
+        padded = torch.zeros(*input.shape[:-1], classes + 1, dtype=torch.bool, device=input.device)
+        index = torch.where(target < 0, classes, target.long())
+        return padded.scatter(-1, index, True)[..., :classes], ignore_value
+    assert columns is not None
+    assert rows is not None
+    place = torch.repeat_interleave(torch.arange(len(rows) - 1, device=input.device), rows.diff())
+    dense = torch.zeros(input.shape, dtype=target.dtype, device=input.device)
+    return dense.index_put((place, columns.long()), target), ignore_value
+
+
+def _computable(
+    input: Tensor, target: Tensor, smoothing: float, prior: float | Tensor, threshold: float | None
+) -> tuple[Tensor, Tensor]:
+    """Logits and changed target in the dtype computed in: float64 if one of them is, else float32."""
     dtype = torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
     t = target.to(dtype)
     if smoothing == 1:
         t = _left_out(t, torch.ones_like(t, dtype=torch.bool))
     if smoothing:
-        t = (1 - smoothing) * t + smoothing * prior
+        t = (1 - smoothing) * t + smoothing * (prior.to(dtype) if isinstance(prior, Tensor) else prior)
+    if threshold is not None:
+        t = torch.where(torch.isnan(t), t, (t > threshold).to(dtype))
     return input.to(dtype), t
 
 

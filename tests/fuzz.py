@@ -78,6 +78,7 @@ class Case:
     backward: str  # "once", "twice" or "create_graph"
     moderate: bool  # no extreme values
     inplace: bool = False
+    target_format: str = "dense"
     errors: list[str] = field(default_factory=list)
 
 
@@ -159,6 +160,11 @@ def make_case(number: int) -> Case:
         if rng.random() < 0.4:
             options["label_smoothing"] = float(rng.choice([0.1, 0.37, 1.0]))
             options["smoothing_prior"] = float(rng.choice([0.5, 0.0, 1.0, 0.03]))
+            if rng.random() < 0.2:
+                del options["smoothing_prior"]
+                tensors["prior"] = random_values(rng, shape[-1:], FLOATS[rng.integers(4)], "target", False)
+        if rng.random() < 0.15:
+            options["target_threshold"] = float(rng.choice([0.2, 0.5, -1.0]))
         inplace = bool(rng.random() < 0.2)
         if rng.random() < 0.25:
             value = float(rng.choice([-1.0, np.nan, 1.0, 0.3]))
@@ -170,15 +176,41 @@ def make_case(number: int) -> Case:
         if rng.random() < 0.2:
             own = [size if rng.random() < 0.6 else 1 for size in shape][int(rng.integers(len(shape) + 1)) :]
             tensors["mask"] = torch.from_numpy(np.asarray(rng.random(own) < 0.7))
+    target_format = "dense"
+    if function not in TORCHS and shape and t is not x and rng.random() < 0.3:
+        allowed = ["packed", "index_list", "class_index"] if not target_dtype.is_floating_point else ["csr"]
+        chosen = str(rng.choice(allowed))
+        value = options.get("ignore_value")
+        if chosen == "csr" and dims == 2 and not t.isnan().any():
+            target_format = chosen
+        elif chosen != "csr" and value is None and shape[-1] and set(t.unique().tolist()) <= {0, 1}:
+            target_format = chosen
+            if chosen == "class_index":
+                index = torch.from_numpy(np.asarray(rng.integers(0, shape[-1], shape[:-1])))
+                t = tensors["target"] = torch.nn.functional.one_hot(index, shape[-1]).to(target_dtype)
     if not inplace and t is not x:
         for name in ("target", "weight", "pos_weight"):
+            if name == "target" and target_format != "dense":
+                continue
             tensor = tensors.get(name)
             # the other gradients of focal losses are those of the reference
             is_checked = function not in FOCAL
             if is_checked and tensor is not None and tensor.is_floating_point() and rng.random() < 0.15:
                 wanted.append(name)
     backward = "once" if inplace else str(rng.choice(["once", "twice", "create_graph"], p=[0.3, 0.5, 0.2]))
-    return Case(function, tensors, options, wanted, backward, not extreme, inplace)
+    return Case(function, tensors, options, wanted, backward, not extreme, inplace, target_format)
+
+
+def in_format(target: Tensor, target_format: str) -> Tensor:
+    """Labels, or for "csr" any target, as the loss gets them."""
+    if target_format == "csr":
+        return target.contiguous().to_sparse_csr()
+    if target_format == "packed":
+        return torch.from_numpy(np.packbits(target.numpy().astype(bool), -1, "little"))
+    if target_format == "class_index":
+        return target.int().argmax(-1)
+    order = torch.sort(target.int(), dim=-1, descending=True, stable=True)
+    return torch.where(order.values > 0, order.indices, -1)
 
 
 def wide(tensor: Tensor, shape: torch.Size) -> Array:
@@ -217,11 +249,16 @@ class Oracle:
         self.dtype = torch.float64 if torch.float64 in (x.dtype, t.dtype) else torch.float32
         self.T = NUMPY[self.dtype]
         self.x, self.t = wide(x, x.shape), wide(t, x.shape)
-        smoothing = options.get("label_smoothing", 0.0)
+        smoothing, prior = options.get("label_smoothing", 0.0), tensors.get("prior")
         if smoothing:
-            kept, added = self.T(1 - smoothing), self.T(smoothing * options["smoothing_prior"])
+            kept, added = self.T(1 - smoothing), self.T(smoothing * options.get("smoothing_prior", 0.5))
+            if prior is not None:
+                added = (self.T(smoothing) * wide(prior.to(self.dtype), x.shape).astype(self.T)).astype(self.T)
             # rounded, because the formula gets that
             self.t = (added + (0 if kept == 0 else Wide(kept) * self.t)).astype(self.T).astype(Wide) * np.ones(x.shape)
+        if "target_threshold" in options:
+            is_larger = self.t > self.T(options["target_threshold"])
+            self.t = np.where(np.isnan(self.t), self.t, is_larger.astype(Wide))
         self.w, self.p = (
             None if tensors.get(name) is None else wide(tensors[name].to(self.dtype), x.shape)  # type: ignore[union-attr]
             for name in ("weight", "pos_weight")
@@ -257,28 +294,42 @@ class Oracle:
         given = {name: None if tensor is None else tensor.detach() for name, tensor in case.tensors.items()}
         x, t, mask = given["input"], given["target"], given.get("mask")
         assert x is not None
-        narrow = (x.to(self.dtype), t, given.get("weight"), given.get("pos_weight"), None, mask, given.get("alpha"))
+        factors = given.get("weight"), given.get("pos_weight"), None, mask, given.get("alpha"), given.get("prior")
+        narrow = x.to(self.dtype), t, *factors, None, None
         smoothing = options.get("label_smoothing", 0.0), options.get("smoothing_prior", 0.5)
         focus = gamma_pos, gamma_neg, clip, None if alpha == -1 else alpha
-        options_of_op = ("none", self.dtype, 1, *smoothing, options.get("ignore_value"), *focus)
+        options_of_op = (
+            "none",
+            self.dtype,
+            1,
+            *smoothing,
+            options.get("ignore_value"),
+            *focus,
+            options.get("target_threshold"),
+        )
         same = reference.sigmoid_cross_entropy(*narrow, *options_of_op).double().numpy()  # type: ignore[arg-type]
         up = torch.from_numpy(np.broadcast_to(upstream, self.shape).astype(T))
         (of_input, *_) = reference.gradients((True, *(False,) * 4), up, *narrow, *options_of_op)  # type: ignore[arg-type]
         assert of_input is not None
         steps = tiny * ((1 + max(gamma_pos, gamma_neg)) / (clip or 1) * (1 + np.abs(1.0 if self.p is None else self.p)))
+        p = np.ones((), Wide) if self.p is None else np.abs(self.p)
+        is_odd = ~np.isfinite(p)  # an infinite factor of what is 0, or as small as a rounding
+        size, is_created = np.nan_to_num(np.abs(self.x), posinf=0), case.backward == "create_graph"
         bounds = []
-        for terms, by in ((right.loss_terms, np.abs(factor)), (right.gradient_terms, np.abs(wu))):
-            size = product(right.power, terms)
-            bound = product(by, (right.bound + 6) * eps * size + steps + tiny * terms)
-            bounds.append(np.where(by == 0, 0, np.nan_to_num(bound + 4 * tiny * (1 + by), nan=np.inf)))
-        self.overflows = np.isinf((wu * self.divisor).astype(T))
+        for terms, by, u in (
+            (right.loss_terms, np.abs(factor), 0),
+            (right.gradient_terms, np.abs(wu), np.abs(upstream)),
+        ):
+            bound = product(by, (right.bound + 6) * eps * product(right.power, terms) + steps + tiny * (terms + size))
+            if options.get("label_smoothing") and is_created:  # plain torch rounds the smoothed target twice
+                bound = bound + eps * product(by, right.power * (1 + p))
+            bound = np.nan_to_num(bound + 4 * tiny * (1 + by) * (1 + u) * (1 + p), nan=np.inf)
+            bounds.append(np.where(by == 0, 0, np.where(is_odd, np.inf, bound)))
+        self.overflows = np.isinf((product_of_factors(w, upstream) * self.divisor).astype(T))
         unknown = np.where(np.isfinite(gradient), self.overflows, (wu != 0) & (np.abs(wu) < 8 * tiny))
-        # An infinite factor of a loss that is 0, or as small as a rounding.
-        is_infinite = np.zeros((), bool) if self.p is None else np.isinf(self.p)
-        unknown = unknown | is_infinite | (np.isinf(wu) & (right.gradient == 0))
-        bounds[0] = np.where(is_infinite & (w != 0), np.inf, bounds[0])
+        unknown = unknown | (np.isinf(wu) & (np.abs(right.gradient) < 64 * tiny))
         return {
-            "loss": (loss, same, bounds[0]),
+            "loss": (np.where(bounds[0] == np.inf, 0, loss), same, bounds[0]),
             "input": (gradient, of_input.double().numpy(), np.where(unknown, np.inf, bounds[1])),
         }
 
@@ -411,6 +462,12 @@ def run(number: int) -> tuple[Case, dict[str, float]]:
     assert logits is not None
     given = logits * 1 if case.inplace else logits
     options = {**case.options, "inplace": True} if case.inplace else case.options
+    if case.target_format != "dense":
+        target = in_format(target, case.target_format)  # type: ignore[arg-type]
+        if case.target_format != "csr":
+            options = {**options, "target_format": case.target_format}
+    if "prior" in arguments:
+        arguments["smoothing_prior"] = arguments.pop("prior")
     loss = getattr(F, case.function)(given, target, **arguments, **options)
 
     worst: dict[str, float] = {}
@@ -463,7 +520,7 @@ def run(number: int) -> tuple[Case, dict[str, float]]:
         assert kept is not None
         if not torch.equal(tensor.nan_to_num(7.0), kept.detach().nan_to_num(7.0)):
             case.errors.append(f"{name} was overwritten")
-    if not case.inplace and logits.numel():
+    if not case.inplace and logits.numel() and case.target_format == "dense":
         dense = torch._prims_common.is_non_overlapping_and_dense_or_false(logits)
         for what, tensor in (("gradient", gradients[0]), ("loss", loss)):
             if dense and case.backward != "create_graph" and tensor.shape == logits.shape:
@@ -500,7 +557,7 @@ def check_rounded_twice(
     if factor == 0:
         exact = same = np.zeros_like(exact)
     # and what rounds the factor to float32
-    lost = (0.51 * info.eps + 2.0**-24) * np.abs(exact) + 0.51 * smallest(got.dtype) * np.abs(factor)
+    lost = (0.51 * info.eps + 2.0**-24) * np.abs(exact) + 1.51 * smallest(got.dtype) * np.abs(factor)
     bound = np.where(np.abs(exact) > info.max * np.abs(factor), np.inf, bound + np.nan_to_num(lost, posinf=np.inf))
     check(case, "overwritten gradient", got, exact, same, np.where((exact == 0) & (bound != np.inf), 0, bound))
 
@@ -513,6 +570,8 @@ def check_other_gradients(
         if name == "input":
             continue
         kept = 1 - case.options.get("label_smoothing", 0.0) if name == "target" else 1.0
+        if name == "target" and "target_threshold" in case.options:
+            kept = 0.0
         values = [product(np.asarray(kept), values) for values in right[name]]
         is_loose = oracle.overflows | ~np.isfinite(values[2].astype(oracle.T))
         exact, same, bound, may_overflow = (unbroadcast(each, gradient.shape) for each in (*values, is_loose))
@@ -553,7 +612,15 @@ def run_many(numbers: range) -> tuple[Counter[str], dict[str, float], list[str]]
         assert x is not None
         assert t is not None
         counts.update(
-            [case.function, case.options["reduction"], f"input {x.dtype}", f"target {t.dtype}", case.backward]
+            [
+                case.function,
+                case.options["reduction"],
+                case.target_format,
+                case.target_format,
+                f"input {x.dtype}",
+                f"target {t.dtype}",
+                case.backward,
+            ]
         )
         counts.update(["moderate" if case.moderate else "extreme", *(f"by {name}" for name in case.wanted)])
         counts.update(["inplace"] * case.inplace + ["empty"] * (x.numel() == 0) + ["strided"] * (not x.is_contiguous()))

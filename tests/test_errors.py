@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -101,6 +102,11 @@ def test_no_tensor(function: Callable[..., Tensor], name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_layouts_that_are_not_dense(function: Callable[..., Tensor], name: str, layout: str) -> None:
     arguments = {"input": torch.randn(3, 4), "target": torch.rand(3, 4), "weight": torch.rand(3, 4)}
+    if name == "target" and "target_format" in inspect.signature(function).parameters and layout != "_mkldnn":
+        if layout == "sparse_coo":
+            with pytest.raises(TypeError, match=r"a sparse one of layout CSR, got .*sparse_coo.*target.to_sparse_csr"):
+                function(arguments["input"], arguments["target"].to_sparse())
+        return  # tests/test_targets.py
     dense = arguments[name]
     arguments[name] = dense.to_mkldnn() if layout == "_mkldnn" else dense.to_sparse(layout=getattr(torch, layout))
     with pytest.raises(TypeError, match=rf"{name} must be a dense tensor, got layout .*{layout}.*{name}.to_dense\(\)"):

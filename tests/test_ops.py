@@ -17,15 +17,16 @@ ops = torch.ops.fused_sce
 
 
 def tensors(device: str, dtype: torch.dtype, weighted: bool) -> tuple[Tensor | None, ...]:
-    """Input, target, weight, pos_weight, count, mask and label_alpha."""
+    """Input, target, weight, pos_weight, count, mask, label_alpha, prior, columns and rows."""
     x = torch.randn(6, 9, device=device, dtype=dtype)
     t = torch.rand(6, 9, device=device, dtype=dtype)
     if not weighted:
-        return x, t, None, None, None, None, None
+        return x, t, *[None] * 8
     weight = torch.rand(9, device=device, dtype=dtype)
     pos_weight = torch.rand(6, 1, device=device, dtype=dtype)
-    alpha = torch.rand(9, device=device, dtype=dtype)
-    return x, t, weight, pos_weight, torch.tensor([5], device=device), torch.arange(9, device=device) != 3, alpha
+    alpha, prior = torch.rand(2, 9, device=device, dtype=dtype)
+    mask = torch.arange(9, device=device) != 3
+    return x, t, weight, pos_weight, torch.tensor([5], device=device), mask, alpha, prior, None, None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

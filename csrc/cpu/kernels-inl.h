@@ -32,110 +32,7 @@ FUSED_SCE_PRAGMA(GCC target(FUSED_SCE_TARGET))
 namespace fused_sce::cpu::FUSED_SCE_ISA {
 namespace {
 
-// Converts `count` elements, `stride` apart, to the computing type.
-template <class T, class From>
-void copy_run(const From* from, int64_t stride, int64_t count, T* to) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = load_as<T>(from[i]);
-  } else if (stride == 0) {
-    const T value = load_as<T>(from[0]);
-    for (int64_t i = 0; i < count; ++i) to[i] = value;
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = load_as<T>(from[i * stride]);
-  }
-}
-
-// Whether all of `count` stored targets, `stride` apart, are labels: 0 or 1. Those of floating types may be soft.
-template <class Stored>
-bool are_labels(const Stored* stored, int64_t stride, int64_t count) {
-  if constexpr (std::is_integral_v<Stored>) {
-    Stored other_bits = 0;
-    if (stride == 1) {
-      for (int64_t i = 0; i < count; ++i) other_bits |= stored[i];
-    } else {
-      for (int64_t i = 0; i < count; ++i) other_bits |= stored[i * stride];
-    }
-    return (other_bits & ~Stored(1)) == 0;
-  }
-  return true;
-}
-
-template <class T>
-constexpr DType kDTypeOf = std::is_same_v<T, double> ? DType::Float64 : DType::Float32;
-
-// Elements [begin, begin + count) of an operand as an array of T: the operand itself if it is one, else `buffer`.
-// Unless `only_labels` is null, it becomes false where an element is no label (are_labels).
-template <class T>
-const T* gather(
-    const Problem& problem,
-    const Operand& operand,
-    int64_t begin,
-    int64_t count,
-    T* buffer,
-    bool* only_labels = nullptr) {
-  if (operand.contiguous && operand.dtype == kDTypeOf<T>) return static_cast<const T*>(operand.data) + begin;
-  visit(operand.dtype, [&](auto tag) {
-    using From = decltype(tag);
-    const From* data = static_cast<const From*>(operand.data);
-    const auto take = [&](const From* from, int64_t stride, int64_t run, T* to) {
-      copy_run(from, stride, run, to);
-      if (only_labels && !are_labels(from, stride, run)) *only_labels = false;
-    };
-    if (operand.contiguous) {
-      take(data + begin, 1, count, buffer);
-      return;
-    }
-    const int64_t columns = problem.sizes[problem.ndim - 1];
-    const int64_t stride = operand.strides[problem.ndim - 1];
-    int64_t column = begin % columns;
-    for (int64_t done = 0; done < count;) {
-      const int64_t left = columns - column;
-      const int64_t run = count - done < left ? count - done : left;
-      take(data + offset_of(problem, operand, begin + done), stride, run, buffer + done);
-      done += run;
-      column = 0;
-    }
-  });
-  return buffer;
-}
-
-// The targets as the formula gets them, in `buffer` where an option changes them. It may hold them already.
-template <class T>
-const T* change_target(const Options& options, int64_t count, const T* target, T* buffer) {
-  if (!options.changes_target()) return target;
-  for (int64_t i = 0; i < count; ++i) buffer[i] = changed_target(options, target[i]);
-  return buffer;
-}
-
-// Calls `action(i, counts)` for each of the elements [begin, begin + count), whose targets are in `target`. `counts`
-// says whether the element counts; it is is_ignored() and the mask, with all that is the same for every element outside
-// the loop. `buffer` is for the mask.
-template <class T, class Action>
-FUSED_SCE_INLINE void for_each_that_counts(
-    const Problem& problem,
-    int64_t begin,
-    int64_t count,
-    const T* target,
-    T* buffer,
-    const Action& action) {
-  const T ignored = problem.options.has_ignore_value ? T(problem.options.ignore_value) : T(0);
-  const bool takes_nan = ignored != ignored;
-  const auto loop = [&](auto is_kept) {
-    for (int64_t i = 0; i < count; ++i) action(i, is_kept(i));
-  };
-  const auto by_value = [&](auto is_kept) {
-    if (!problem.options.has_ignore_value) {
-      loop(is_kept);
-    } else if (takes_nan) {
-      loop([=](int64_t i) { return is_kept(i) & (target[i] == target[i]); });
-    } else {
-      loop([=](int64_t i) { return is_kept(i) & !(target[i] == ignored); });
-    }
-  };
-  if (!problem.mask) return by_value([](int64_t) { return true; });
-  const T* const mask = gather(problem, problem.mask, begin, count, buffer);
-  by_value([=](int64_t i) { return mask[i] != T(0); });
-}
+#include "target-inl.h"
 
 // Writes an array of T to elements [begin, begin + count) of a result.
 template <class T>
@@ -184,12 +81,12 @@ struct Work {
   const T* pos_weight;                        // null: 1
   const typename Constants<T>::Bits* counts;  // as in Block; null: all count
   const Modulation<T>* modulation;            // null: the formula is that of loss.h
-  const T* alpha;                             // null: 1
+  const T* alpha = nullptr;                   // null: 1
   TwoPart<T> scale;                           // of the gradient
   T* loss;                                    // null: not wanted
   T* gradient;                                // null: not wanted
   Upcoming next_logits;
-  Upcoming next_target;
+  Upcoming next_target = {nullptr, 0};
 };
 
 // The first two loops of `compute`: exp(-|x|) = upper + lower.
@@ -289,219 +186,7 @@ void compute(const Work<T>& work) {
   }
 }
 
-// Whether some targets are 0 or 1, and whether others are not.
-struct KindsOfTarget {
-  bool has_labels;
-  bool has_others;
-};
-
-template <class T>
-KindsOfTarget kinds_of_target(int64_t count, const T* target) {
-  typename Constants<T>::Bits labels = 0;  // not a bool, see has_nan()
-  typename Constants<T>::Bits others = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const bool is_label = target[i] == T(0) || target[i] == T(1);
-    labels |= is_label ? 1 : 0;
-    others |= is_label ? 0 : 1;
-  }
-  return {labels != 0, others != 0};
-}
-
-// The parts of the focal losses of a block (focal.h: Label), and their powers.
-template <class T>
-struct Labels {
-  alignas(64) T base[kBlock];
-  alignas(64) T linear[kBlock];
-  alignas(64) T upper[kBlock];
-  alignas(64) T lower[kBlock];
-  alignas(64) T slope[kBlock];
-  alignas(64) T rate[kBlock];
-};
-
-// power[i] = base[i]^gamma times alpha.
-template <class T>
-void find_powers(
-    int64_t count,
-    const Modulation<T>& modulation,
-    const T* __restrict__ target,
-    const T* __restrict__ base,
-    T* __restrict__ power) {
-  const Modulation<T> by = modulation;
-  alignas(64) T rest[kBlock];
-  for (int64_t i = 0; i < count; ++i) {
-    const TwoPart<T> logarithm = logarithm_of_label(by, base[i], target[i]);
-    power[i] = logarithm.upper;
-    rest[i] = logarithm.lower;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    power[i] = power_of_label(by, base[i], target[i], TwoPart<T>{power[i], rest[i]});
-  }
-}
-
-// The losses and gradients of targets that are 0 or 1, but for factors. kBits: of the small powers, 0 if there are
-// none.
-template <class T, bool kClip, bool kLower, int kBits>
-void compute_labels(
-    const Work<T>& work,
-    const T* __restrict__ target,
-    const T* __restrict__ upper,
-    const T* __restrict__ lower,
-    TwoPart<T> scale,
-    T* __restrict__ loss,
-    T* __restrict__ gradient) {
-  const Modulation<T> by = *work.modulation;
-  const T* __restrict__ logits = work.logits;
-  alignas(64) T power[kBlock];
-  if constexpr (!kClip && kBits > 0) {
-    with_prefetch(work, [&](int64_t begin, int64_t count) {
-      for (int64_t i = begin; i < begin + count; ++i) {
-        const Label<T> label = label_of<T, kClip, kLower>(by, logits[i], target[i], {upper[i], lower[i]});
-        const T power = small_power_of_label<T, kLower, kBits>(by, label.base, target[i]);
-        const LossAndGradient<T> result = loss_of_label<T, kClip, kLower>(label, target[i], power);
-        loss[i] = result.loss;
-        gradient[i] = scaled(result.gradient, scale);
-      }
-    });
-    return;
-  }
-  Labels<T> labels;
-  with_prefetch(work, [&](int64_t begin, int64_t count) {
-    for (int64_t i = begin; i < begin + count; ++i) {
-      const Label<T> label = label_of<T, kClip, kLower>(by, logits[i], target[i], {upper[i], lower[i]});
-      labels.base[i] = label.base;
-      labels.linear[i] = label.linear;
-      labels.slope[i] = label.slope;
-      labels.rate[i] = label.rate;
-      labels.upper[i] = label.argument.upper;
-      if (!kClip) labels.lower[i] = label.argument.lower;
-    }
-  });
-  if (kBits == 0) find_powers(work.count, by, target, labels.base, power);
-  for (int64_t i = 0; i < work.count; ++i) {
-    const Label<T> label = {
-        labels.base[i],
-        labels.linear[i],
-        {labels.upper[i], kClip ? T(0) : labels.lower[i]},
-        labels.slope[i],
-        labels.rate[i]};
-    const T factor = kBits > 0 ? small_power_of_label<T, kLower, kBits>(by, label.base, target[i]) : power[i];
-    const LossAndGradient<T> result = loss_of_label<T, kClip, kLower>(label, target[i], factor);
-    loss[i] = result.loss;
-    gradient[i] = scaled(result.gradient, scale);
-  }
-}
-
-template <class T, bool kClip, bool kLower>
-auto choose_by_bits(const Modulation<T>& by) {
-  if (!by.has_small_powers) return compute_labels<T, kClip, kLower, 0>;
-  const bool are_two = by.power_pos < 4 && by.power_neg < (kLower ? 5 : 4);
-  return are_two ? compute_labels<T, kClip, kLower, 2> : compute_labels<T, kClip, kLower, 3>;
-}
-
-// The losses and gradients of labels times factors: alpha and pos_weight, either of which may be null. The scale comes
-// last: a gradient may be too small for a normal number before the factor, and not after it.
-template <class T>
-void multiply_labels(
-    int64_t count,
-    const T* __restrict__ target,
-    const T* __restrict__ alpha,
-    const T* __restrict__ pos_weight,
-    TwoPart<T> scale,
-    T* __restrict__ loss,
-    T* __restrict__ gradient) {
-  const auto multiply = [&](auto factor_of) {
-    for (int64_t i = 0; i < count; ++i) {
-      const T factor = factor_of(i);
-      loss[i] = product(factor, loss[i]);
-      gradient[i] = scaled(product(factor, gradient[i]), scale);
-    }
-  };
-  if (alpha && pos_weight) {
-    multiply([&](int64_t i) { return factor_of_label(target[i], alpha[i], pos_weight[i]); });
-  } else if (alpha) {
-    multiply([&](int64_t i) { return factor_of_label(target[i], alpha[i], T(1)); });
-  } else {
-    multiply([&](int64_t i) { return target[i] == T(1) ? pos_weight[i] : T(1); });
-  }
-}
-
-// The losses and gradients of targets that are neither 0 nor 1.
-template <class T, bool kClip>
-void compute_soft_targets(
-    const Work<T>& work,
-    const T* __restrict__ target,
-    const T* __restrict__ alpha,
-    const T* __restrict__ upper,
-    const T* __restrict__ lower,
-    T* __restrict__ loss,
-    T* __restrict__ gradient) {
-  const Modulation<T> by = *work.modulation;
-  const TwoPart<T> scale = work.scale;
-  const T* __restrict__ logits = work.logits;
-  alignas(64) T factor[kBlock];
-  alignas(64) T pos_weight[kBlock];
-  for (int64_t i = 0; i < work.count; ++i) factor[i] = alpha ? balance(alpha[i], target[i]) : T(1);
-  for (int64_t i = 0; i < work.count; ++i) pos_weight[i] = work.pos_weight ? work.pos_weight[i] : T(1);
-  alignas(64) T base[kBlock];
-  alignas(64) T gamma[kBlock];
-  alignas(64) T loss_part[kBlock];
-  alignas(64) T gradient_part[kBlock];
-  for (int64_t i = 0; i < work.count; ++i) {
-    const SoftTarget<T> soft =
-        soft_target_of<T, kClip>(by, logits[i], target[i], pos_weight[i], TwoPart<T>{upper[i], lower[i]});
-    base[i] = soft.base;
-    gamma[i] = soft.gamma;
-    loss_part[i] = soft.loss;
-    gradient_part[i] = soft.gradient;
-  }
-  if (by.has_one_small_power) {
-    for (int64_t i = 0; i < work.count; ++i) base[i] = power_of_soft_target<T, true>(by, target[i], base[i], gamma[i]);
-  } else {
-    for (int64_t i = 0; i < work.count; ++i) base[i] = power_of_soft_target<T, false>(by, target[i], base[i], gamma[i]);
-  }
-  for (int64_t i = 0; i < work.count; ++i) {
-    const T power = product(factor[i], base[i]);
-    const bool is_label = target[i] == T(0) || target[i] == T(1);
-    loss[i] = is_label ? loss[i] : product_of_factors(power, loss_part[i]);
-    gradient[i] = is_label ? gradient[i] : scaled(product_of_factors(power, gradient_part[i]), scale);
-  }
-}
-
-// The formulas of focal.h over arrays: short loops, as those of compute() and for the same reason.
-template <class T>
-void compute_focal(const Work<T>& work) {
-  alignas(64) T upper[kBlock];
-  alignas(64) T lower[kBlock];
-  alignas(64) T buffer[kBlock];
-  alignas(64) T unwanted[kBlock];
-  const Modulation<T>& by = *work.modulation;
-  exponentials(work, upper, lower);
-  const T* target = work.target;
-  if (work.counts) {  // what does not count has a target of 0: it may be NaN, or no label
-    for (int64_t i = 0; i < work.count; ++i) buffer[i] = masked(work.target[i], work.counts[i]);
-    target = buffer;
-  }
-  T* const loss = work.loss ? work.loss : unwanted;
-  T* const gradient = work.gradient ? work.gradient : unwanted;
-  const KindsOfTarget kinds = kinds_of_target(work.count, target);
-  if (kinds.has_labels) {
-    const auto compute = by.has_lower_power ? choose_by_bits<T, true, true>(by)
-                         : by.clip != T(0)  ? choose_by_bits<T, true, false>(by)
-                                            : choose_by_bits<T, false, false>(by);
-    const T* const alpha = by.has_easy_alpha ? nullptr : work.alpha;
-    const bool has_factors = alpha || work.pos_weight;
-    compute(work, target, upper, lower, has_factors ? quotient_in_parts<T>(1.0, 1.0) : work.scale, loss, gradient);
-    if (has_factors) multiply_labels(work.count, target, alpha, work.pos_weight, work.scale, loss, gradient);
-  }
-  if (kinds.has_others) {
-    const auto compute = by.clip == T(0) ? compute_soft_targets<T, false> : compute_soft_targets<T, true>;
-    compute(work, target, work.alpha, upper, lower, loss, gradient);
-  }
-  if (work.counts) {
-    zero_others(work.count, work.counts, loss);
-    zero_others(work.count, work.counts, gradient);
-  }
-}
+#include "focal-inl.h"
 
 template <class T, bool kPosWeight>
 void compute_results(const Work<T>& work) {
@@ -548,40 +233,16 @@ struct Block {
   alignas(64) typename Constants<T>::Bits counts[kBlock];  // all ones where an element counts, else 0
 };
 
-// Finds which of the block's elements count. Integer targets that do must be labels.
-template <class T>
-void find_counted(
-    const Problem& problem,
-    int64_t begin,
-    int64_t count,
-    const T* target,
-    Block<T>& block,
-    bool* only_labels) {
-  using Bits = typename Constants<T>::Bits;
-  for_each_that_counts(problem, begin, count, target, block.weight, [&](int64_t i, bool counts) {
-    block.counts[i] = counts ? ~Bits(0) : Bits(0);
-  });
-  if (!is_integer(problem.target.dtype)) return;
-  Bits others = 0;
-  for (int64_t i = 0; i < count; ++i) others |= target[i] == T(0) || target[i] == T(1) ? 0 : block.counts[i];
-  if (others) *only_labels = false;
-}
-
-// The alphas of elements [begin, begin + count).
-template <class T>
-const T* gather_alpha(const Problem& problem, int64_t begin, int64_t count, T* buffer) {
-  if (problem.alpha) return gather(problem, problem.alpha, begin, count, buffer);
-  for (int64_t i = 0; i < count; ++i) buffer[i] = T(problem.options.alpha);
-  return buffer;
-}
-
 // What all blocks of a problem have in common.
 template <class T>
 struct Job {
   const Problem& problem;
   TwoPart<T> scale = gradient_scale<T>(problem);
   Modulation<T> modulation = modulation_of<T>(problem.options, bool(problem.alpha));
-  bool only_labels = true;  // so far
+  bool all_good = true;  // so far: no target is wrong
+  // Whether targets are checked after they are gathered: gather() checks dense integers that all count.
+  bool checks_values = problem.options.check_target || (is_integer(problem.target.dtype) &&
+                                                        (problem.leaves_out() || problem.format == TargetFormat::Csr));
 };
 
 // Computes elements [begin, begin + count), count <= kBlock. Writes the gradient to problem.gradient if it is wanted,
@@ -590,9 +251,10 @@ template <class T>
 void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss, Block<T>& block) {
   const Problem& problem = job.problem;
   const bool leaves_out = problem.leaves_out();
-  const T* target =
-      gather(problem, problem.target, begin, count, block.target, leaves_out ? nullptr : &job.only_labels);
-  if (leaves_out) find_counted(problem, begin, count, target, block, &job.only_labels);
+  const T* target = gather_target(problem, begin, count, block.target, &job.all_good, !leaves_out);
+  const auto* const counts = leaves_out ? block.counts : nullptr;
+  if (leaves_out) find_counted(problem, begin, count, target, block.weight, block.counts);
+  if (job.checks_values && !are_valid(problem, count, target, counts)) job.all_good = false;
   if (!want_loss && !problem.gradient) return;
   // Not directly into the memory of the logits: the results of `compute` must not overlap its inputs.
   const bool direct = problem.gradient.dtype == kDTypeOf<T> && problem.gradient.data != problem.logits.data;
@@ -603,16 +265,24 @@ void compute_elements(Job<T>& job, int64_t begin, int64_t count, bool want_loss,
   Work<T> work;
   work.count = count;
   work.logits = gather(problem, problem.logits, begin, count, block.logits);
-  work.target = change_target(problem.options, count, target, block.target);
+  const T* const prior = problem.prior ? gather(problem, problem.prior, begin, count, block.weight) : nullptr;
+  work.target = change_target(problem.options, count, target, prior, block.target);
   work.pos_weight = problem.pos_weight ? gather(problem, problem.pos_weight, begin, count, block.pos_weight) : nullptr;
-  work.counts = leaves_out ? block.counts : nullptr;
+  work.counts = counts;
   work.modulation = problem.is_focal() ? &job.modulation : nullptr;
-  work.alpha = problem.has_alpha() ? gather_alpha(problem, begin, count, block.alpha) : nullptr;
+  if (problem.alpha) {
+    work.alpha = gather(problem, problem.alpha, begin, count, block.alpha);
+  } else if (problem.options.has_alpha) {
+    fill(block.alpha, count, T(problem.options.alpha));
+    work.alpha = block.alpha;
+  }
   work.scale = has_factors ? quotient_in_parts<T>(1.0, 1.0) : job.scale;
   work.loss = want_loss ? block.loss : nullptr;
   work.gradient = problem.gradient && !is_zero ? gradient : nullptr;
   work.next_logits = upcoming(problem, problem.logits, begin + kBlock);
-  work.next_target = upcoming(problem, problem.target, begin + kBlock);
+  if (problem.format == TargetFormat::Dense) {
+    work.next_target = upcoming(problem, problem.target, begin + kBlock);
+  }
   compute_block(work);
 
   const T* factor = nullptr;
@@ -681,7 +351,7 @@ bool chunks_as(const Problem& problem, int64_t begin, int64_t end, double* parti
     }
     if (partial_sums) partial_sums[chunk - begin] = lanes.total();
   }
-  return job.only_labels;
+  return job.all_good;
 }
 
 template <class T>
@@ -714,7 +384,7 @@ bool rows_as(const Problem& problem, int64_t columns, int64_t begin, int64_t end
       scatter(problem.loss, row + k, 1, &loss);
     }
   }
-  return job.only_labels;
+  return job.all_good;
 }
 
 bool rescale(const Problem& problem, int64_t begin, int64_t end, double factor) {
@@ -746,7 +416,8 @@ int64_t count_as(const Problem& problem, int64_t begin, int64_t end) {
   int64_t total = 0;
   for (int64_t i = begin * kChunk; i < last; i += kBlock) {
     const int64_t count = last - i < kBlock ? last - i : kBlock;
-    const T* const target = gather(problem, problem.target, i, count, target_buffer);
+    bool all_good = true;  // the loss asks
+    const T* const target = gather_target(problem, i, count, target_buffer, &all_good, false);
     typename Constants<T>::Bits found = 0;  // not an int, see has_nan()
     for_each_that_counts(
         problem, i, count, target, mask_buffer, [&](int64_t, bool counts) { found += counts ? 1 : 0; });

@@ -22,7 +22,7 @@ struct Kernels {
   const char* isa;
 
   // Computes the results of chunks [begin, end) of the problem. Unless `partial_sums` is null, partial_sums[n] becomes
-  // the sum of the losses of chunk begin + n. Returns whether every integer target is a label, 0 or 1; a problem
+  // the sum of the losses of chunk begin + n. Returns whether no target is wrong (Problem::may_be_wrong); a problem
   // without results is checked for that alone.
   bool (*chunks)(const Problem& problem, int64_t begin, int64_t end, double* partial_sums);
 

@@ -46,7 +46,7 @@ struct CpuBackend {
   }
 
   static void check_labels(const Problem& problem) {
-    if (!is_integer(problem.target.dtype)) return;
+    if (!problem.may_be_wrong()) return;
     Problem without_results = problem;
     without_results.loss = without_results.gradient = {};
     run(without_results, 0, cpu::num_chunks(problem.numel), nullptr);
@@ -105,16 +105,20 @@ struct CpuBackend {
     });
   }
 
-  // Calls `action` for ranges of [begin, end), which returns whether all integer targets are labels. Threads must not
+  // Calls `action` for ranges of [begin, end), which returns whether no target is wrong. Threads must not
   // throw: the stable ABI would lose the message.
   template <class Action>
   static void parallel(int64_t begin, int64_t end, int64_t grain, const Action& action) {
     const cpu::Kernels& kernels = cpu::kernels();
-    std::atomic<bool> only_labels = true;
+    std::atomic<bool> all_good = true;
     torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
-      if (!action(kernels, from, to)) only_labels = false;
+      if (!action(kernels, from, to)) all_good = false;
     });
-    if (!only_labels) fail("an integer target must be 0 or 1 everywhere");
+    if (!all_good) {
+      fail(
+          "an integer target must be 0 or 1 everywhere, a soft one with check_target in [0, 1], and an index that of a "
+          "column, once in its row");
+    }
   }
 };
 
@@ -127,7 +131,8 @@ struct CpuBackend {
 void count(StableIValue* stack, uint64_t, uint64_t) {
   Values values{stack};
   const Arguments arguments(values);
-  const BoundProblem bound = bind(arguments, layout_of(arguments.input));
+  const bool is_dense = format_of(arguments) == TargetFormat::Dense;
+  const BoundProblem bound = bind(arguments, is_dense ? layout_of(arguments.input) : row_major(arguments.input));
   std::atomic<int64_t> total = 0;
   const cpu::Kernels& kernels = cpu::kernels();
   torch::stable::parallel_for(

@@ -39,7 +39,7 @@ void choose_logits(const Problem& problem, Action&& action) {
 template <Output kOutput, class Action>
 void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
   const bool is_weighted = problem.weight || problem.pos_weight;
-  if (problem.is_focal() || !is_contiguous(problem) || threads_with_fixed_weights(problem, threads) != threads) {
+  if (!is_contiguous(problem) || threads_with_fixed_weights(problem, threads) != threads) {
     return choose_strided_loop<makes_sum(kOutput)>(problem, action);
   }
   choose_logits(problem, [&](auto logits) {
@@ -62,7 +62,7 @@ void choose_loop(const Problem& problem, int64_t threads, Action&& action) {
 // registers.
 template <class Action>
 void choose_row_loop(const Problem& problem, Action&& action) {
-  if (problem.is_focal() || !is_contiguous(problem) || problem.weight || problem.pos_weight) {
+  if (!is_contiguous(problem) || problem.weight || problem.pos_weight) {
     return choose_strided_loop<true>(problem, action);
   }
   choose_logits(

@@ -122,8 +122,9 @@ inline int64_t num_threads(const Problem& problem, int64_t launched) {
 
 // Whether ContiguousLoop can run the problem, apart from its weights.
 inline bool is_contiguous(const Problem& problem) {
-  return problem.logits.contiguous && problem.target.contiguous && !problem.in_double &&
-         (problem.upstream.contiguous || !problem.upstream) && (problem.mask.contiguous || !problem.mask);
+  return problem.format == TargetFormat::Dense && !problem.prior && !problem.is_focal() && !problem.in_double &&
+         problem.logits.contiguous && problem.target.contiguous && (problem.upstream.contiguous || !problem.upstream) &&
+         (problem.mask.contiguous || !problem.mask);
 }
 
 }  // namespace fused_sce::cuda

@@ -21,6 +21,7 @@ struct Offsets {
   int64_t pos_weight;
   int64_t mask;
   int64_t alpha;
+  int64_t prior;
   int64_t upstream;
 };
 
@@ -31,6 +32,7 @@ FUSED_SCE_INLINE void advance(const Problem& problem, int dim, int64_t by, Offse
   at.pos_weight += by * problem.pos_weight.strides[dim];
   at.mask += by * problem.mask.strides[dim];
   at.alpha += by * problem.alpha.strides[dim];
+  at.prior += by * problem.prior.strides[dim];
   at.upstream += by * problem.upstream.strides[dim];
 }
 
@@ -77,10 +79,17 @@ struct StridedLoop {
       Offsets at = offsets_of(problem, begin);
       GroupSum<Formula> group_sum;
       for (int64_t i = begin; i < end; ++i) {
-        const SingleTarget<T> target = load_target<T>(problem, at.target, at.mask, labels);
+        const SingleTarget<T> target = load_target<T>(problem, i, at.target, at.mask, labels);
+        T value = target.value;
+        if (problem.prior && problem.options.label_smoothing != 0.0) {
+          value = smoothed_target(problem.options, value, load_weight<T>(problem.prior, at.prior));
+          if (problem.options.has_threshold) value = binary_target(problem.options, value);
+        } else {
+          value = changed_target(problem.options, value);
+        }
         const Element<T> element = {
             load_element<T>(problem.logits, at.logits),
-            target.value,
+            value,
             load_weight<T>(problem.weight, at.weight),
             load_weight<T>(problem.pos_weight, at.pos_weight),
             problem.alpha ? load_weight<T>(problem.alpha, at.alpha) : T(problem.options.alpha),

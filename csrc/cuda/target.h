@@ -19,8 +19,9 @@ struct ByteTarget {
 // A target whose type is known at run time.
 struct AnyTarget {};
 
-// Whether the integer targets that a thread has seen are labels, 0 or 1. Asked once, at the end: an assertion in the
-// loop would be a call, around which registers are spilled.
+// Whether the targets that a thread has seen are good: integers that are labels, 0 or 1, indices of labels, and with
+// check_target soft targets in [0, 1]. Asked once, at the end: an assertion in the loop would be a call, around which
+// registers are spilled.
 struct LabelCheck {
   uint32_t other_bits = 0;
 
@@ -28,14 +29,15 @@ struct LabelCheck {
   FUSED_SCE_MEMBER void see(Stored target) {
     if constexpr (std::is_integral<Stored>::value) other_bits |= (target & ~Stored(1)) != 0;
   }
+  FUSED_SCE_MEMBER void expect(bool good) { other_bits |= !good; }
   FUSED_SCE_MEMBER void see_bytes(uint32_t word) { other_bits |= word & 0xfefefefeu; }
 
   // Stops the program if one is not: on a GPU as a failed assertion does.
   FUSED_SCE_MEMBER void expect_labels() const {
 #if defined(__CUDA_ARCH__)
-    assert(other_bits == 0 && "an integer target of fused_sce must be 0 or 1");
+    assert(other_bits == 0 && "a target of fused_sce is no label, no index of one, or not in [0, 1]");
 #else
-    if (other_bits != 0) throw std::domain_error("an integer target must be 0 or 1");
+    if (other_bits != 0) throw std::domain_error("a target is wrong");
 #endif
   }
 };
@@ -44,7 +46,7 @@ struct LabelCheck {
 // take every target as it is: to change it there would cost each of them 1 instruction per element.
 template <class Logits, class Action>
 bool choose_target(const Problem& problem, Action&& action) {
-  if (problem.options.changes_target() || problem.leaves_out()) return false;
+  if (problem.options.changes_target() || problem.options.check_target || problem.leaves_out()) return false;
   const DType target = problem.target.dtype;
   if (target == DType::Bool || target == DType::UInt8) {
     action(ByteTarget{});
@@ -70,6 +72,18 @@ struct TargetGroup<T, AnyTarget, kGroup> {
   T values[kGroup];
   uint32_t others;  // bit k is set where element k does not count
 };
+
+template <class T>
+FUSED_SCE_INLINE bool is_fraction(T target) {
+  return target >= T(0) && target <= T(1);
+}
+
+// A target as the formula gets it.
+template <class T>
+FUSED_SCE_INLINE T changed_target(const Options& options, T target) {
+  if (options.label_smoothing != 0.0) target = smoothed_target(options, target);
+  return options.has_threshold ? binary_target(options, target) : target;
+}
 
 // Whether the mask lets an element count.
 FUSED_SCE_INLINE bool is_masked_in(const Problem& problem, int64_t offset) {
@@ -109,6 +123,10 @@ load_target(const Problem& problem, int64_t i, int count, bool wide, LabelCheck&
       }
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) labels.see(group.others >> k & 1 ? Stored{} : element_of(pack, k));
+      if (problem.options.check_target) {
+        FUSED_SCE_UNROLL
+        for (int k = 0; k < kGroup; ++k) labels.expect(group.others >> k & 1 || is_fraction(group.values[k]));
+      }
     });
   } else {
     group.pack = load_pack<Target, kGroup>(problem.target.data, i, count, wide);
@@ -161,25 +179,92 @@ convert(const Problem& problem, TargetGroup<T, Target, kGroup> group, LabelCheck
   }
 }
 
-// A single target of any type and layout, and whether its element counts.
+// A single target of any type, layout and format, and whether its element counts.
 template <class T>
 struct SingleTarget {
   T value;
   bool counts;
 };
 
+// The target of element `index` of a problem that gives them row by row. Each thread looks for its own: a positive is
+// found by the formula as a label, where a correction afterwards would lose the tail.
+template <class T>
+FUSED_SCE_INLINE T find_target(const Problem& problem, int64_t index, LabelCheck& labels) {
+  const int64_t row = index / problem.columns;
+  const int64_t column = index - row * problem.columns;
+  if (problem.format == TargetFormat::Packed) {
+    const int64_t row_bytes = (problem.columns + 7) / 8;
+    const uint32_t byte = static_cast<const uint8_t*>(problem.target.data)[row * row_bytes + column / 8];
+    labels.expect(column + 1 < problem.columns || byte >> column % 8 <= 1);  // nothing behind the last label
+    return T(byte >> column % 8 & 1u);
+  }
+  if (problem.format == TargetFormat::ClassIndex) {
+    const int64_t label = static_cast<const int64_t*>(problem.target.data)[row];
+    if (problem.has_ignored_index && label == problem.ignored_index) return T(NAN);
+    labels.expect(0 <= label && label < problem.columns);
+    return label == column ? T(1) : T(0);
+  }
+  if (problem.format == TargetFormat::IndexList) {
+    const int64_t* const list = static_cast<const int64_t*>(problem.target.data) + row * problem.list_length;
+    int found = 0;
+    for (int64_t k = 0; k < problem.list_length; ++k) {
+      labels.expect(-1 <= list[k] && list[k] < problem.columns);
+      found += list[k] == column;
+    }
+    labels.expect(found <= 1);
+    return T(found > 0);
+  }
+  const int64_t begin = problem.row_begins[row];
+  int64_t end = problem.row_begins[row + 1];
+  const bool is_whole = (row > 0 || begin == 0) && (index + problem.columns < problem.numel || end == problem.values ||
+                                                    row + 1 < problem.numel / problem.columns);
+  if (begin < 0 || end < begin || end > problem.values || !is_whole) {
+    labels.expect(false);
+    return T(0);
+  }
+  const int64_t* const columns = problem.value_columns;
+  if (column == 0) {  // one thread checks the row: its columns are those of the logits and ascend
+    for (int64_t k = begin; k < end; ++k) {
+      labels.expect((k == begin ? 0 : columns[k - 1] + 1) <= columns[k] && columns[k] < problem.columns);
+    }
+  }
+  int64_t first = begin;
+  while (first < end) {
+    const int64_t middle = first + (end - first) / 2;
+    if (columns[middle] < column) {
+      first = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  if (first >= problem.row_begins[row + 1] || columns[first] != column) return T(0);
+  return visit(problem.target.dtype, [&](auto tag) {
+    const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[first];
+    labels.see(stored);
+    return load_as<T>(stored);
+  });
+}
+
+// The target of element `index`; `offset` and `mask_offset` are those of dense ones and of the mask.
 template <class T>
 FUSED_SCE_INLINE SingleTarget<T>
-load_target(const Problem& problem, int64_t offset, int64_t mask_offset, LabelCheck& labels) {
+load_target(const Problem& problem, int64_t index, int64_t offset, int64_t mask_offset, LabelCheck& labels) {
   bool counts = is_masked_in(problem, mask_offset);
-  const T value = visit(problem.target.dtype, [&](auto tag) {
-    const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[offset];
-    const T loaded = load_as<T>(stored);
-    counts = counts && !is_ignored(problem.options, loaded);
-    if (counts) labels.see(stored);
-    return loaded;
-  });
-  return {changed_target(problem.options, value), counts};
+  T value;
+  if (problem.format != TargetFormat::Dense) {
+    value = find_target<T>(problem, index, labels);
+    counts = counts && !is_ignored(problem.options, value);
+  } else {
+    value = visit(problem.target.dtype, [&](auto tag) {
+      const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[offset];
+      const T loaded = load_as<T>(stored);
+      counts = counts && !is_ignored(problem.options, loaded);
+      if (counts) labels.see(stored);
+      return loaded;
+    });
+  }
+  if (problem.options.check_target) labels.expect(!counts || is_fraction(value));
+  return {value, counts};
 }
 
 }  // namespace fused_sce::cuda

@@ -23,9 +23,10 @@ struct Named {
   IntHeaderOnlyArrayRef strides = {};
 };
 
-// The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, mask, alpha, upstream.
+// The tensors of a problem that broadcast to the logits: input, target, weight, pos_weight, mask, alpha,
+// prior, upstream.
 struct Operands {
-  Named each[7];
+  Named each[8];
   int count = 0;
 
   void add(const char* name, const Tensor& tensor, Operand& operand) { each[count++] = {name, &tensor, &operand}; }
@@ -187,6 +188,72 @@ void check_same_device(const Tensor& tensor, const char* name, const Tensor& inp
       device_of(tensor));
 }
 
+// A tensor of indices, as int64 numbers one after the other.
+const int64_t* indices_of(const Tensor& tensor, const char* name, const Tensor& input, BoundProblem& bound) {
+  const DType dtype = dtype_of(tensor, name);
+  if (!is_integer(dtype)) fail(name, " must have an integer dtype, got ", tensor.scalar_type());
+  check_same_device(tensor, name, input);
+  data_of(tensor, name);
+  Tensor kept = dtype == DType::Int64 ? tensor : torch::stable::to(tensor, ScalarType::Long);
+  bound.copies.push_back(torch::stable::contiguous(kept));
+  return static_cast<const int64_t*>(data_of(bound.copies.back(), name));
+}
+
+// The targets of a format that gives them row by row.
+void bind_rows(const Arguments& arguments, BoundProblem& bound) {
+  const Tensor& input = arguments.input;
+  const Tensor& target = arguments.target;
+  Problem& problem = bound.problem;
+  if (input.dim() == 0) fail("input must have a last dimension for target_format ", arguments.target_format);
+  problem.columns = input.size(input.dim() - 1);
+  // The shape of the target: that of the input, the last dimension left out or another.
+  const bool has_last = problem.format == TargetFormat::Packed || problem.format == TargetFormat::IndexList;
+  const auto fits = [&] {
+    if (target.dim() != input.dim() - (has_last ? 0 : 1)) return false;
+    for (int64_t dim = 0; dim < input.dim() - 1; ++dim) {
+      if (target.size(dim) != input.size(dim)) return false;
+    }
+    return problem.format != TargetFormat::Packed || target.size(target.dim() - 1) == (problem.columns + 7) / 8;
+  };
+  if (problem.format == TargetFormat::Csr) {
+    if (input.dim() != 2 || !arguments.columns || !arguments.rows)
+      fail("a sparse target needs an input of shape (N, C)");
+    if (arguments.rows->numel() != input.size(0) + 1 || arguments.columns->numel() != target.numel()) {
+      fail("a sparse target must have the shape of the input, ", shape_of(input));
+    }
+    check_same_device(target, "target", input);
+    problem.values = target.numel();
+    problem.value_columns = indices_of(*arguments.columns, "columns", input, bound);
+    problem.row_begins = indices_of(*arguments.rows, "rows", input, bound);
+    bound.copies.push_back(torch::stable::contiguous(target));
+    problem.target.data = data_of(bound.copies.back(), "target");
+    problem.target.dtype = dtype_of(target, "target");
+    return;
+  }
+  if (!fits()) {
+    fail(
+        "Target size (", shape_of(target), ") does not fit input size (", shape_of(input), ") and target_format ",
+        arguments.target_format);
+  }
+  if (problem.format == TargetFormat::Packed) {
+    if (target.scalar_type() != ScalarType::Byte) fail("a packed target must have dtype uint8");
+    check_same_device(target, "target", input);
+    bound.copies.push_back(torch::stable::contiguous(target));
+    problem.target.data = data_of(bound.copies.back(), "target");
+    problem.target.dtype = DType::Bool;
+    return;
+  }
+  problem.target.data = indices_of(target, "target", input, bound);
+  problem.target.dtype = DType::Bool;
+  if (problem.format == TargetFormat::IndexList) {
+    problem.list_length = target.size(target.dim() - 1);
+  } else if (problem.options.has_ignore_value) {
+    problem.has_ignored_index = problem.options.ignore_value == std::floor(problem.options.ignore_value);
+    problem.ignored_index = problem.has_ignored_index ? int64_t(problem.options.ignore_value) : 0;
+    problem.options.ignore_value = NAN;
+  }
+}
+
 }  // namespace
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -213,6 +280,16 @@ Reduction reduction_of(const Arguments& arguments) {
   if (arguments.reduction != "rows") fail("reduction must be none, rows or sum, got ", arguments.reduction);
   if (arguments.input.dim() == 0) fail("input must have a last dimension to sum over, but it is a scalar");
   return Reduction::Rows;
+}
+
+TargetFormat format_of(const Arguments& arguments) {
+  const std::string& name = arguments.target_format;
+  if (name == "dense") return TargetFormat::Dense;
+  if (name == "class_index") return TargetFormat::ClassIndex;
+  if (name == "packed") return TargetFormat::Packed;
+  if (name == "index_list") return TargetFormat::IndexList;
+  if (name == "csr") return TargetFormat::Csr;
+  fail("target_format must be dense, class_index, packed, index_list or csr, got ", name);
 }
 
 ScalarType result_type(const Arguments& arguments) {
@@ -247,12 +324,13 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
   const IntHeaderOnlyArrayRef sizes = input.sizes();
   const ScalarType input_type = input.scalar_type();
   if (!is_floating(input_type)) fail("input must have dtype ", kFloatingTypes, ", got ", input_type);
-  if (!arguments.target.sizes().equals(sizes)) {
-    fail("Target size (", shape_of(arguments.target), ") must be the same as input size (", shape_of(input), ")");
-  }
-
   BoundProblem bound;
   Problem& problem = bound.problem;
+  problem.format = format_of(arguments);
+  const bool is_dense = problem.format == TargetFormat::Dense;
+  if (is_dense && !arguments.target.sizes().equals(sizes)) {
+    fail("Target size (", shape_of(arguments.target), ") must be the same as input size (", shape_of(input), ")");
+  }
   problem.numel = input.numel();
   problem.options = arguments.options;
   problem.in_double = input_type == ScalarType::Double || arguments.target.scalar_type() == ScalarType::Double;
@@ -260,11 +338,12 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
 
   Operands operands;
   operands.add("input", input, problem.logits);
-  operands.add("target", arguments.target, problem.target);
+  if (is_dense) operands.add("target", arguments.target, problem.target);
   if (arguments.weight) operands.add("weight", *arguments.weight, problem.weight);
   if (arguments.pos_weight) operands.add("pos_weight", *arguments.pos_weight, problem.pos_weight);
   if (arguments.mask) operands.add("mask", *arguments.mask, problem.mask);
   if (arguments.label_alpha) operands.add("label_alpha", *arguments.label_alpha, problem.alpha);
+  if (arguments.prior) operands.add("prior", *arguments.prior, problem.prior);
   const bool has_factor = upstream && is_single(*upstream);
   if (upstream) operands.add("grad_output", *upstream, has_factor ? problem.factor : problem.upstream);
 
@@ -291,8 +370,8 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
     // Converted here once rather than in every kernel: a weight is small as a rule. A gradient of the loss may be as
     // large as the logits and have their type, so the kernels read that type as well.
     const ScalarType type = each.tensor->scalar_type();
-    const bool is_weight =
-        each.operand == &problem.weight || each.operand == &problem.pos_weight || each.operand == &problem.alpha;
+    const bool is_weight = each.operand == &problem.weight || each.operand == &problem.pos_weight ||
+                           each.operand == &problem.alpha || each.operand == &problem.prior;
     const bool is_upstream = each.operand == &problem.upstream || each.operand == &problem.factor;
     if (type != computing_type && (is_weight || (is_upstream && type != input_type))) {
       replace(each, torch::stable::to(*each.tensor, computing_type));
@@ -331,6 +410,7 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
   }
   for (const Named& each : operands) each.operand->data = data_of(*each.tensor, each.name);
 
+  if (!is_dense) bind_rows(arguments, bound);
   problem.options.ignore_value = as_stored(problem.options.ignore_value, problem.target.dtype);
   if (arguments.count) {
     const Tensor& count = *arguments.count;
@@ -360,7 +440,8 @@ bool check_gradient(const Arguments& arguments, const Layout& layout, const Tens
   bool is_apart = (is_in_place || !overlap(gradient, input)) && !overlap(gradient, arguments.target) &&
                   !(upstream && overlap(gradient, *upstream));
   for (const OptionalTensor* factor :
-       {&arguments.weight, &arguments.pos_weight, &arguments.count, &arguments.mask, &arguments.label_alpha}) {
+       {&arguments.weight, &arguments.pos_weight, &arguments.count, &arguments.mask, &arguments.label_alpha,
+        &arguments.prior, &arguments.columns, &arguments.rows}) {
     is_apart = is_apart && !(*factor && overlap(gradient, **factor));
   }
   if (!is_apart) fail("gradient overlaps the memory of an argument and is not exactly that of input");

@@ -30,6 +30,9 @@ enum class Reduction { None, Rows, Sum };
 
 Reduction reduction_of(const Arguments& arguments);
 
+// How the targets are given.
+TargetFormat format_of(const Arguments& arguments);
+
 // The dtype of the loss.
 ScalarType result_type(const Arguments& arguments);
 

@@ -29,7 +29,7 @@ struct OpKernels {
       fail("reduction none has neither divisor nor count");
     }
     // A row must stay together.
-    const Layout layout = reduction == Reduction::Rows ? row_major(input) : layout_of(input);
+    const Layout layout = reduction == Reduction::Rows ? row_major(input) : layout_for(arguments, input);
     BoundProblem bound = bind(arguments, layout);
     const ScalarType dtype = result_type(arguments);
     if (reduction == Reduction::None) {
@@ -64,7 +64,7 @@ struct OpKernels {
     if (reduction_of(arguments) != Reduction::Sum) {
       fail("the gradient is made with the sum alone, got reduction ", arguments.reduction);
     }
-    const Layout layout = layout_of(into.value_or(input));
+    const Layout layout = layout_for(arguments, into.value_or(input));
     const Tensor gradient = into ? *into : new_result(input, layout, input.scalar_type());
     BoundProblem bound = bind(arguments, layout);
     if (kInto && check_gradient(arguments, layout, nullptr, gradient)) Backend::check_labels(bound.problem);
@@ -84,7 +84,7 @@ struct OpKernels {
     OptionalTensor into;
     if (kInto) into = values.next<Tensor>();
     const bool is_made = kInto && values.next<bool>();
-    const Layout layout = layout_of(into.value_or(input));
+    const Layout layout = layout_for(arguments, into.value_or(input));
     const Tensor gradient = into ? *into : new_result(input, layout, input.scalar_type());
     BoundProblem bound = bind(arguments, layout, &grad_output);
     const bool is_in_place = kInto && check_gradient(arguments, layout, &grad_output, gradient);
@@ -107,6 +107,11 @@ struct OpKernels {
   }
 
  private:
+  // The order in which elements follow one another. Targets that are given row by row need rows.
+  static Layout layout_for(const Arguments& arguments, const Tensor& tensor) {
+    return format_of(arguments) == TargetFormat::Dense ? layout_of(tensor) : row_major(tensor);
+  }
+
   static StableIValue boxed(const Tensor& tensor) { return torch::stable::detail::from(tensor); }
 
   static Tensor new_result(const Tensor& input, const Layout& layout, ScalarType dtype) {

@@ -7,10 +7,12 @@
 // Tensors are positional, because DTensor and vmap ask for that. The options of the public op are keyword-only with
 // defaults, so that a program exported by an older version still loads. Those of the private ops are positional,
 // because looking for each by its name takes 0.15 us of a call.
-#define FUSED_SCE_ARGUMENTS FUSED_SCE_TENSORS ", " FUSED_SCE_RESULT ", " FUSED_SCE_OPTIONS
+#define FUSED_SCE_ARGUMENTS FUSED_SCE_TENSORS ", " FUSED_SCE_RESULT ", " FUSED_SCE_OPTIONS ", " FUSED_SCE_FORMAT
 
 STABLE_TORCH_LIBRARY(fused_sce, m) {
-  m.def("sigmoid_cross_entropy(" FUSED_SCE_TENSORS ", *, " FUSED_SCE_RESULT ", " FUSED_SCE_OPTIONS ") -> Tensor");
+  m.def(
+      "sigmoid_cross_entropy(" FUSED_SCE_TENSORS ", *, " FUSED_SCE_RESULT ", " FUSED_SCE_OPTIONS ", " FUSED_SCE_FORMAT
+      ") -> Tensor");
 
   // The loss (reduction "sum") and its gradient by the input, from one pass.
   m.def("_sigmoid_cross_entropy_forward(" FUSED_SCE_ARGUMENTS ") -> (Tensor, Tensor)");

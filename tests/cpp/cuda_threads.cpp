@@ -301,9 +301,8 @@ double value_at(const Problem& problem, const Operand& operand, int64_t i) {
 // The target that the formula gets, rounded as the kernels round it.
 double exact_target(const Problem& problem, int64_t i) {
   const double target = value_at(problem, problem.target, i);
-  if (!problem.options.changes_target()) return target;
-  return problem.in_double ? changed_target(problem.options, target)
-                           : double(changed_target(problem.options, float(target)));
+  return problem.in_double ? cuda::changed_target(problem.options, target)
+                           : double(cuda::changed_target(problem.options, float(target)));
 }
 
 bool counts_at(const Problem& problem, int64_t i) {
@@ -786,6 +785,170 @@ void test_focal() {
   }
 }
 
+// Targets that are given row by row, prior and threshold: every path, against the CPU kernels.
+void test_formats() {
+  int64_t turn = 0;
+  for (DType logits_type : kFloatTypes) {
+    for (TargetFormat format :
+         {TargetFormat::Dense, TargetFormat::ClassIndex, TargetFormat::Packed, TargetFormat::IndexList,
+          TargetFormat::Csr}) {
+      for (int64_t columns : {1, 7, 8, 80, 1003}) {
+        for (int option = 0; option < 5; ++option) {
+          ++turn;
+          const int64_t rows = 1 + turn % 19;
+          const int64_t numel = rows * columns;
+          const DType computing = computing_type(logits_type, logits_type);
+          Array logits(logits_type, numel, turn % 2);
+          Array prior(computing, columns);
+          fill_logits(logits, turn % 3 == 0);
+          fill_weight(prior);
+          std::vector<int64_t> indices, begins = {0};
+          std::vector<uint8_t> bytes;
+          std::vector<float> values;
+          const int64_t list_length = std::min<int64_t>(columns, 4) + 1;
+          for (int64_t row = 0; row < rows; ++row) {
+            const size_t before = indices.size();
+            if (format == TargetFormat::ClassIndex) indices.push_back(int64_t(random_bits() % columns));
+            if (format == TargetFormat::Packed) {
+              for (int64_t column = 0; column < columns; column += 8) {
+                const int64_t left = std::min<int64_t>(columns - column, 8);
+                bytes.push_back(uint8_t(random_bits() & ((1u << left) - 1)));
+              }
+            }
+            if (format == TargetFormat::IndexList || format == TargetFormat::Csr) {
+              for (int64_t column = int64_t(random_bits() % 3); column < columns; column += 1 + columns / 4) {
+                indices.push_back(column);
+                values.push_back(float(random_between(0.0, 1.0)));
+              }
+            }
+            if (format == TargetFormat::IndexList) {
+              indices.resize(before + list_length, -1);
+              std::swap(indices[before], indices[before + list_length - 1]);
+            }
+            begins.push_back(int64_t(values.size()));
+          }
+          Array target(DType::Float32, numel);
+          fill_target(target);
+          Problem problem = problem_of(numel, logits.contiguous(), target.contiguous());
+          problem.ndim = 2;
+          problem.sizes[0] = rows;
+          problem.sizes[1] = columns;
+          problem.format = format;
+          problem.columns = columns;
+          problem.list_length = list_length;
+          problem.values = int64_t(values.size());
+          problem.value_columns = indices.data();
+          problem.row_begins = begins.data();
+          if (format == TargetFormat::ClassIndex && option == 1) {
+            problem.has_ignored_index = problem.options.has_ignore_value = true;
+            problem.ignored_index = indices[0];
+            problem.options.ignore_value = NAN;
+          }
+          if (format != TargetFormat::Dense) {
+            problem.in_double = logits_type == DType::Float64;
+            problem.target = {};
+            problem.target.dtype = format == TargetFormat::Csr ? DType::Float32 : DType::Bool;
+            problem.target.data = format == TargetFormat::Csr      ? static_cast<const void*>(values.data())
+                                  : format == TargetFormat::Packed ? static_cast<const void*>(bytes.data())
+                                                                   : static_cast<const void*>(indices.data());
+          }
+          problem.options.label_smoothing = option == 2 || option == 3 ? 0.25 : 0.0;
+          problem.options.has_threshold = option >= 3;
+          problem.options.target_threshold = 0.25;
+          problem.options.check_target = option == 4;
+          if (option == 2) problem.prior = prior.strided({0, 1});
+          if (option == 0) problem.options.gamma_neg = 2.0;
+          // Losses of 16-bit logits and their gradients have another formula on a GPU, so these are compared elsewhere.
+          for (Wanted wanted : kAllWanted) {
+            if (wanted != Wanted::Loss && is_16bit(logits_type) && !problem.is_focal()) continue;
+            check(problem, wanted, kFloatTypes[turn % 4], 0, describe("format", problem));
+          }
+        }
+      }
+    }
+  }
+}
+
+// A wrong index or target ends the thread that sees it, and none reads where it must not.
+void test_wrong_targets() {
+  const int64_t columns = 10;
+  const int64_t rows = 4;
+  Array logits(DType::Float32, rows * columns);
+  Array losses(DType::Float32, rows * columns);
+  Array soft(DType::Float32, rows * columns);
+  fill_logits(logits, true);
+  const auto fails = [&](const Problem& problem) {
+    try {
+      run_grid(problem, Wanted::Loss, 1);
+    } catch (const std::domain_error&) {
+      return true;
+    }
+    return false;
+  };
+  const auto problem_with = [&](TargetFormat format, const void* target) {
+    Problem problem = problem_of(rows * columns, logits.contiguous(), soft.contiguous());
+    problem.options.label_smoothing = 0.0;
+    problem.format = format;
+    problem.columns = columns;
+    problem.target.data = target;
+    problem.target.dtype = format == TargetFormat::Csr ? DType::Float32 : DType::Bool;
+    problem.loss = losses.result();
+    return problem;
+  };
+  for (int64_t index : {-1, 0, 9, 10}) {
+    const int64_t indices[] = {1, index, 3, 4};
+    const bool is_wrong = index < 0 || index > 9;
+    expect(fails(problem_with(TargetFormat::ClassIndex, indices)) == is_wrong, "class index %d", int(index));
+  }
+  for (int64_t index : {-2, -1, 0, 9, 10}) {
+    const int64_t indices[] = {1, 2, index, 4, 5, -1, 6, -1};
+    Problem problem = problem_with(TargetFormat::IndexList, indices);
+    problem.list_length = 2;
+    expect(fails(problem) == (index < -1 || index > 9), "index %d in a list", int(index));
+  }
+  const int64_t twice[] = {1, 2, 3, 3, 5, -1, 6, -1};
+  Problem list = problem_with(TargetFormat::IndexList, twice);
+  list.list_length = 2;
+  expect(fails(list), "an index twice in its row");
+  for (unsigned bits : {0u, 3u, 4u, 128u}) {
+    const uint8_t bytes[] = {1, 0, 255, 1, 7, uint8_t(bits), 0, 0};
+    expect(fails(problem_with(TargetFormat::Packed, bytes)) == (bits > 3), "bits %u behind the last label", bits);
+  }
+  const float values[] = {1, 1, 1, 1};
+  const struct {
+    int64_t begins[5];
+    int64_t columns[4];
+    bool is_wrong;
+  } matrices[] = {{{0, 1, 2, 3, 4}, {0, 1, 2, 3}, false}, {{0, 2, 4, 4, 4}, {1, 5, 0, 9}, false},
+                  {{0, 2, 4, 4, 4}, {5, 1, 0, 9}, true},  {{0, 2, 4, 4, 4}, {1, 1, 0, 9}, true},
+                  {{0, 2, 4, 4, 4}, {1, 10, 0, 9}, true}, {{0, 2, 4, 4, 4}, {-1, 1, 0, 9}, true},
+                  {{0, 3, 2, 4, 4}, {0, 1, 2, 3}, true},  {{0, 1, 2, 3, 3}, {0, 1, 2, 3}, true},
+                  {{1, 1, 2, 3, 4}, {0, 1, 2, 3}, true},  {{0, 1, 2, 3, 900}, {0, 1, 2, 3}, true},
+                  {{0, -5, 2, 3, 4}, {0, 1, 2, 3}, true}};
+  for (const auto& matrix : matrices) {
+    Problem problem = problem_with(TargetFormat::Csr, values);
+    problem.values = 4;
+    problem.value_columns = matrix.columns;
+    problem.row_begins = matrix.begins;
+    const auto run = [&] { return cpu::kernels().chunks(problem, 0, 1, nullptr); };
+    expect(fails(problem) == matrix.is_wrong, "a sparse target with columns %d, ...", int(matrix.columns[0]));
+    expect(run() != matrix.is_wrong, "the same on the CPU");
+  }
+  for (double value : {0.0, 1.0, 0.5, -1e-9, 1.001, double(NAN)}) {
+    fill_target(soft);
+    soft.set(13, value);
+    for (DType logits_type : {DType::Float32, DType::Float64}) {
+      Array other(logits_type, rows * columns);
+      fill_logits(other, true);
+      Problem problem = problem_of(rows * columns, other.contiguous(), soft.contiguous());
+      problem.loss = losses.result();
+      expect(!fails(problem), "a soft target of %g without check_target", value);
+      problem.options.check_target = true;
+      expect(fails(problem) == !(value >= 0.0 && value <= 1.0), "check_target of %g", value);
+    }
+  }
+}
+
 void test_any_byte_is_true() {
   for (DType dtype : kFloatTypes) {
     const int64_t numel = 1021;
@@ -1127,6 +1290,8 @@ int main() {
       {"count", test_count},
       {"what counts", test_what_counts},
       {"focal", test_focal},
+      {"formats", test_formats},
+      {"wrong targets", test_wrong_targets},
       {"in place", test_in_place},
       {"rows", test_rows},
       {"scale", test_scale},
