@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from compare_losses import forward_backward, parse_shape
 from measure import MIN_ROUNDS, WARM_UP, environment
@@ -55,6 +56,8 @@ class Batch:
     ignored: Tensor  # the target, -1 where an element does not count
     counts: Tensor  # bool
     alpha: Tensor  # one per label
+    few: Tensor  # bool, five positives in each row
+    one: Tensor  # bool, one positive in each row
 
 
 def batch(shape: tuple[int, int]) -> Batch:
@@ -64,7 +67,19 @@ def batch(shape: tuple[int, int]) -> Batch:
     target = (torch.rand(shape, generator=generator) < 0.1).float()
     counts = torch.rand(shape, generator=generator) >= 0.1
     alpha = torch.rand(shape[1], generator=generator)
-    return Batch(logits, target, torch.where(counts, target, -1.0), counts, alpha)
+    columns = torch.rand(shape, generator=generator).argsort(-1)
+    few, one = (torch.zeros(shape, dtype=torch.bool).scatter_(1, columns[:, :count], True) for count in (5, 1))
+    return Batch(logits, target, torch.where(counts, target, -1.0), counts, alpha, few, one)
+
+
+def with_multi_hot(logits: Tensor, index: Tensor) -> Tensor:
+    """The loss of the usual dense float targets, made of the indices of the positives."""
+    return F.sigmoid_cross_entropy(logits, torch.zeros(logits.shape).scatter_(1, index, 1.0))
+
+
+def indices(labels: Tensor) -> Tensor:
+    """The columns of the positives, as many in each row."""
+    return labels.nonzero()[:, 1].reshape(len(labels), -1)
 
 
 def ours(of: Batch) -> dict[str, Callable[[], None]]:
@@ -84,6 +99,12 @@ def ours(of: Batch) -> dict[str, Callable[[], None]]:
         "focal, gamma 2.5, alpha 0.25": run(focal, gamma=2.5),
         "asymmetric": run(asymmetric),
         "asymmetric, gamma_neg 2.5": run(asymmetric, gamma_neg=2.5),
+        "bool targets": run(plain, of.few),
+        "class_index": run(plain, indices(of.one)[:, 0], target_format="class_index"),
+        "packed": run(plain, torch.from_numpy(np.packbits(of.few.numpy(), -1, "little")), target_format="packed"),
+        "index_list of 5": run(plain, indices(of.few), target_format="index_list"),
+        "sparse, 5 in a row": run(plain, of.few.float().to_sparse_csr()),
+        "multi-hot float targets made of these": partial(forward_backward, with_multi_hot, of.logits, indices(of.few)),
     }
 
 

@@ -41,6 +41,8 @@ def check_tensors(tensors: Mapping[str, Any], target_format: str = "dense") -> N
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     check_dense("input", input)
+    if target_format != "dense" and any(_sharding.dtensor_of(tensor) is not None for tensor in (input, target)):
+        raise RuntimeError("targets in other formats do not work with DTensors: pass a dense one, of input's shape")
     factors = {PUBLIC_NAMES.get(name, name): (tensors.get(name), dtypes) for name, dtypes in _FACTORS.items()}
     for name, tensor in (("target", target), *((name, tensor) for name, (tensor, _) in factors.items())):
         check_dense(name, tensor)
@@ -48,8 +50,6 @@ def check_tensors(tensors: Mapping[str, Any], target_format: str = "dense") -> N
     changed_places = target.is_floating_point() and not input.is_floating_point()
     check_dtype("input", input, _LOGITS, ": did input and target change places?" if changed_places else "")
     if target_format != "dense":
-        if any(_sharding.dtensor_of(tensor) is not None for tensor in (input, target)):
-            raise RuntimeError(f"target_format={target_format!r} does not work with DTensors: pass dense targets")
         check_format(input, target, target_format)
     elif target.shape != input.shape:
         raise ValueError(
@@ -170,7 +170,7 @@ def check_indices(input: Tensor, target: Tensor, target_format: str, ignore_valu
                 at = ", ".join(map(str, [*place, target.shape[-1] - 1]))
                 raise ValueError(f"target[{at}] has bits behind the last of {classes} labels: they must be 0")
         return
-    is_list = target_format == "index_list"
+    is_list, target = target_format == "index_list", target.long()
     wrong = (target < (-1 if is_list else 0)) | (target >= classes)
     if not is_list and ignore_value is not None:
         wrong &= target != ignore_value
@@ -232,11 +232,10 @@ def parts_of_sparse(target: Tensor, input: Tensor, target_format: str) -> tuple[
         )
     if target_format != "dense":
         raise ValueError(f'a sparse target needs no target_format, got "{target_format}"')
-    if target.dim() != 2 or target.shape != input.shape:
-        raise ValueError(
-            f"Target size ({target.shape}) must be the same as input size ({input.shape}), two dimensions for a sparse "
-            "target"
-        )
+    if target.shape != input.shape:
+        raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
+    if target.dim() != 2:
+        raise ValueError(f"a sparse target must have two dimensions, got shape {tuple(target.shape)}")
     if target.requires_grad:
         raise RuntimeError("a sparse target has no gradient: pass target.detach(), or target.to_dense()")
     with without_transforms():  # they have no rules for these

@@ -51,6 +51,12 @@ TARGET_FORMATS = ("dense", "class_index", "packed", "index_list")
 _NO_FOCUS = (0.0, 0.0, 0.0, None)
 """`gamma_pos`, `gamma_neg`, `clip` and `alpha` of the plain loss."""
 
+_LAST_DEFAULTS = (*_NO_FOCUS, None, False, "dense")
+"""The options from these on, of a call that does without them."""
+
+_LARGEST_GAMMA = 1e30
+"""Finite in float32, and so is its product with the logarithm of the smallest float32."""
+
 Call = tuple[_autograd.Tensors, _autograd.Options, bool]
 """What a loss asks of the op: tensors, options and whether in place. A count of `_COUNTED` is still to be made."""
 
@@ -96,6 +102,8 @@ def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
         if takes_sparse and isinstance(target, Tensor) and target.layout is not torch.strided:
             tensors["target"], tensors["columns"], tensors["rows"] = parts_of_sparse(target, input, target_format)
             target_format = "csr"
+        elif target_format not in TARGET_FORMATS:
+            return  # unknown, which the call has said
         check_tensors(tensors, target_format)
         check_targets(tensors, {**arguments, "target_format": target_format})
     except Exception as explanation:
@@ -155,7 +163,7 @@ def sigmoid_cross_entropy(
             over the last dimension, averaged over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
         label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`, rounded to the dtype computed in.
         smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's. A tensor, the frequency of each label for
-            example, broadcasts to the input's shape.
+            example, broadcasts to the input's shape; its values are not checked.
         target_threshold: after the smoothing the target becomes 1 where it is larger, else 0, as timm's. NaN stays NaN.
         ignore_value: where the target equals it, or is NaN as it is, an element does not count. Usually -1, -100 or
             NaN. For class indices it is an index: rows that have it do not count.
@@ -164,8 +172,9 @@ def sigmoid_cross_entropy(
             labels in a byte, the first in the lowest bit, as `numpy.packbits(labels, -1, "little")` makes it;
             "index_list": (..., K) indices of the positives of each row, padded with -1. A sparse CSR tensor (N, C) is
             taken as it is: its values are the targets, 0 where it has none. Indices that are out of range, or twice in
-            a row, are errors.
-        check_target: a soft target outside of [0, 1] that counts is an error. Integer targets are checked always.
+            a row, are errors, also where `mask` is False.
+        check_target: a soft target outside of [0, 1] that counts is an error. Integer targets are always checked. What
+            cannot be read is not checked: values in a transform of `torch.func` that is compiled.
         inplace: the gradient overwrites the memory of the logits, which saves memory of their size. Read them (for
             metrics, say) before the loss: afterwards they hold the gradient. A backward pass through another use of
             them, before or after the loss, `backward` for a second time, `create_graph=True` and a gradient by another
@@ -188,7 +197,7 @@ def sigmoid_cross_entropy(
     """
     tensors = _tensors(input, target, weight, pos_weight, mask)
     of_target = OfTarget(label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
-    return _described(tensors, reduction, of_target, (), inplace)
+    return _described(tensors, reduction, of_target, _NO_FOCUS, inplace)
 
 
 @_loss_function
@@ -220,7 +229,7 @@ def sigmoid_focal_loss(
         inputs: logits, any shape, float32, float64, bfloat16 or float16.
         targets: same shape, in [0, 1]; of these dtypes, bool, uint8 or a signed integer.
         alpha: in [0, 1]; -1 or None: without alpha_t. A tensor broadcasts to the shape of `inputs`, usually one value
-            per label, and may require a gradient.
+            per label, and may require a gradient; its values are not checked.
         gamma: at least 0; an integer up to 7 is the fastest.
         reduction: "none", "mean", "sum" or "sum_classes".
         weight: as in `sigmoid_cross_entropy`, and so are the following.
@@ -354,9 +363,10 @@ def _described(
         dtype = torch.promote_types(input.dtype, target.dtype)
     if reduction == "mean" and (mask is not None or ignore_value is not None):
         count, divisor = _COUNTED, 1
-    options = (added_up, dtype, divisor, smoothing, smoothing_prior, ignore_value, *focus)
-    if threshold is not None or check_target or target_format != "dense":
-        options = (*options, *_NO_FOCUS[len(focus) :], threshold, check_target, target_format)
+    options = (added_up, dtype, divisor, smoothing, smoothing_prior, ignore_value)
+    last = (*focus, threshold, check_target, target_format)
+    if last != _LAST_DEFAULTS:
+        options = (*options, *last)
     return (input, target, weight, pos_weight, count, mask, label_alpha, prior, columns, rows), options, inplace
 
 
@@ -408,7 +418,7 @@ def check_target_options(options: OfTarget) -> None:
         ValueError: One has a value that it cannot have.
         RuntimeError: `smoothing_prior` requires a gradient.
     """
-    smoothing, prior, threshold, ignore_value, target_format, _ = options
+    smoothing, prior, threshold, ignore_value, target_format, check_target = options
     if isinstance(prior, Tensor) and prior.requires_grad:
         raise RuntimeError("smoothing_prior has no gradient: pass smoothing_prior.detach()")
     fractions = {"label_smoothing": smoothing, "smoothing_prior": 0.5 if isinstance(prior, Tensor) else prior}
@@ -420,6 +430,8 @@ def check_target_options(options: OfTarget) -> None:
     for name, number in (("ignore_value", ignore_value), ("target_threshold", threshold)):
         if number is not None and not isinstance(number, float | int | torch.SymFloat):
             raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
+    if not isinstance(check_target, bool):
+        raise TypeError(f"check_target must be True or False, got {type(check_target).__name__}")
     if threshold is not None and math.isnan(threshold):
         raise ValueError("target_threshold must not be NaN")
     if target_format not in TARGET_FORMATS:
@@ -433,13 +445,13 @@ def check_gammas(**gammas: float) -> None:
 
     Raises:
         TypeError: One of them is no number.
-        ValueError: One of them is negative, infinite or NaN.
+        ValueError: One of them is negative, NaN or too large.
     """
     for name, value in gammas.items():
         if not isinstance(value, float | int | torch.SymFloat):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        if not 0.0 <= value <= _LARGEST_GAMMA:
+            raise ValueError(f"{name} must be at least 0 and at most {_LARGEST_GAMMA}, got {value}")
 
 
 def check_clip(clip: float | None) -> float:
@@ -505,12 +517,7 @@ def _with_count(tensors: _autograd.Tensors, options: _autograd.Options, by_kerne
         count = _autograd.count(asked, options)
     else:
         target_format, ignore_value = _option(options, "target_format", "dense"), _option(options, "ignore_value", None)
-        target = target.detach()
-        if ignore_value is not None:
-            target, ignore_value = reference.dense_target(input, target, columns, rows, target_format, ignore_value)
-        counted = reference.counted(target, mask, ignore_value)
-        assert counted is not None
-        count = counted.expand(input.shape).sum()
+        count = reference.number_counted(input, target.detach(), mask, columns, rows, target_format, ignore_value)
     return *tensors[:4], count, *tensors[5:]
 
 
@@ -531,8 +538,10 @@ def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool)
         tensors = _with_count(tensors, options, is_usual and input.is_cpu)
     if not is_usual:
         # A trace would keep the divisor of its example.
-        if is_tracing() or is_differentiating() or _needs_reference(input):
+        by_reference = is_tracing() or is_differentiating() or _needs_reference(input)
+        if by_reference or is_transforming():
             check_targets(_named(tensors), dict(zip(_autograd.OPTIONS, options, strict=False)))
+        if by_reference:
             return reference.sigmoid_cross_entropy(*tensors, *options)
         if is_transforming():  # by vmap alone
             return _autograd.call_op(*_dense(tensors, options))

@@ -73,6 +73,20 @@ class MultiLabelSoftMarginLoss(_KeepsParameters, nn.MultiLabelSoftMarginLoss):
         return functional.multilabel_soft_margin_loss(input, target, weight, reduction=self.reduction)
 
 
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    """Keep an option: as a buffer if it is a tensor, one value for each label.
+
+    Raises:
+        ValueError: It is a tensor on the CPU with a value outside of [0, 1].
+    """
+    if not isinstance(value, Tensor):
+        setattr(module, name, value)
+        return
+    if value.is_cpu and not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(f"{name} must be in [0, 1], got {value.min().item()} to {value.max().item()}")
+    module.register_buffer(name, value)
+
+
 def _shown(value: object) -> object:
     """A value in the repr of a module."""
     return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
@@ -97,33 +111,20 @@ class _SigmoidLoss(_KeepsParameters):
         weight: Tensor | None,
         pos_weight: Tensor | None,
         reduction: str,
-        label_smoothing: float,
-        smoothing_prior: float | Tensor,
-        target_threshold: float | None,
-        ignore_value: float | None,
-        target_format: str,
-        check_target: bool,
+        of_target: functional.OfTarget,
         inplace: bool,
     ) -> None:
         super().__init__()
         check_reduction(reduction, functional.REDUCTIONS)
-        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
-        functional.check_target_options(functional.OfTarget(*of_target))
+        functional.check_target_options(of_target)
         for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
             if not isinstance(factor, Tensor | None):
                 raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
         self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        if isinstance(smoothing_prior, Tensor):
-            self.register_buffer("smoothing_prior", smoothing_prior)
-        else:
-            self.smoothing_prior = smoothing_prior
-        self.target_threshold = target_threshold
-        self.ignore_value = ignore_value
-        self.target_format = target_format
-        self.check_target = check_target
+        for name, value in of_target._asdict().items():
+            _set(self, name, value)
         self.inplace = inplace
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,8 +185,10 @@ class SigmoidCrossEntropyLoss(_SigmoidLoss):
         check_target: bool = False,
         inplace: bool = False,
     ) -> None:
-        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
-        super().__init__(weight, pos_weight, reduction, *of_target, inplace)
+        of_target = functional.OfTarget(
+            label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target
+        )
+        super().__init__(weight, pos_weight, reduction, of_target, inplace)
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of logits `input` for `target`, of the elements for which `mask` is True."""
@@ -223,14 +226,13 @@ class SigmoidFocalLoss(_SigmoidLoss):
         check_target: bool = False,
         inplace: bool = False,
     ) -> None:
-        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
-        super().__init__(weight, pos_weight, reduction, *of_target, inplace)
+        of_target = functional.OfTarget(
+            label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target
+        )
+        super().__init__(weight, pos_weight, reduction, of_target, inplace)
         functional.check_gammas(gamma=gamma)
         functional.check_alpha(alpha)
-        if isinstance(alpha, Tensor):
-            self.register_buffer("alpha", alpha)
-        else:
-            self.alpha = alpha
+        _set(self, "alpha", alpha)
         self.gamma = gamma
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -271,8 +273,10 @@ class AsymmetricLoss(_SigmoidLoss):
         check_target: bool = False,
         inplace: bool = False,
     ) -> None:
-        of_target = (label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
-        super().__init__(weight, pos_weight, reduction, *of_target, inplace)
+        of_target = functional.OfTarget(
+            label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target
+        )
+        super().__init__(weight, pos_weight, reduction, of_target, inplace)
         functional.check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
         functional.check_clip(clip)
         self.gamma_neg = gamma_neg

@@ -228,7 +228,8 @@ def dense_target(
         return padded.scatter(-1, index, True)[..., :classes], ignore_value
     assert columns is not None
     assert rows is not None
-    place = torch.repeat_interleave(torch.arange(len(rows) - 1, device=input.device), rows.diff())
+    row = torch.arange(len(rows) - 1, device=input.device)
+    place = torch.repeat_interleave(row, rows.diff(), output_size=len(target))  # known, so a GPU need not be waited for
     dense = torch.zeros(input.shape, dtype=target.dtype, device=input.device)
     return dense.index_put((place, columns.long()), target), ignore_value
 
@@ -252,8 +253,32 @@ def counted(target: Tensor, mask: Tensor | None, ignore_value: float | None) -> 
     """Which elements count, as a bool tensor that broadcasts to the target's shape; None: all do."""
     if ignore_value is None:
         return mask
-    is_ignored = torch.isnan(target) if math.isnan(ignore_value) else target == ignore_value
+    # As the kernels compare: an integer of a narrow type would make 255 of -1.
+    is_ignored = torch.isnan(target) if math.isnan(ignore_value) else target == 1.0 * ignore_value
     return ~is_ignored if mask is None else ~is_ignored & mask
+
+
+def number_counted(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    columns: Tensor | None,
+    rows: Tensor | None,
+    target_format: str,
+    ignore_value: float | None,
+) -> Tensor:
+    """How many elements count, without a dense copy of the target where it can be; arguments as in `dense_target`."""
+    if ignore_value is not None and target_format == "class_index":
+        kept = (target.long() != ignore_value).unsqueeze(-1)
+        counts = kept if mask is None else kept & mask
+    elif ignore_value is not None and (target_format in ("dense", "csr") or ignore_value in (0, 1)):
+        target, ignore_value = dense_target(input, target, columns, rows, target_format, ignore_value)
+        counts = counted(target, mask, ignore_value)  # type: ignore[assignment]
+    else:
+        counts = input.new_ones((), dtype=torch.bool) if mask is None else mask
+    # The mask may have fewer dimensions than the logits, or sizes of 1.
+    repeats = input.numel() // max(counts.numel(), 1)
+    return counts.sum() * repeats if counts.numel() else counts.expand(input.shape).sum()
 
 
 def _weight(weight: Tensor | None, counts: Tensor | None, x: Tensor) -> Tensor | None:
@@ -399,8 +424,9 @@ class _FocalParts:
         self.is_normal = is_normal = (self.base >= tiny) | torch.isnan(self.base)
         self.base_or_1 = base = torch.where(is_normal, self.base, 1)
         is_zero = self.base == 0
-        log_base = torch.log(torch.where(is_zero, 1, self.base))
-        log_base = torch.where(t == 1, -softplus, torch.where(t == 0, log_q, log_base))
+        # Of a soft target without precision autograd sees nothing: the derivative of its logarithm may overflow.
+        soft_base = torch.where(is_zero | (t == 0) | (t == 1), 1, self.base).detach()
+        log_base = torch.where(t == 1, -softplus, torch.where(t == 0, log_q, torch.log(soft_base)))
         self.log_base = torch.where(is_normal, torch.log(base), log_base)
         difference = focus.gamma_pos - focus.gamma_neg
         self.gamma = gamma = focus.gamma_neg + difference * t if difference else torch.full_like(t, focus.gamma_neg)
@@ -408,9 +434,11 @@ class _FocalParts:
         if clip:
             by_logarithm = torch.where(self.is_clipped & is_zero & (gamma != 0), 0, by_logarithm)
         self.modulating = torch.where(is_normal, base**gamma, by_logarithm)
-        slope_of_base = torch.where(self.is_clipped, -t, 1 - 2 * t) * self.both
-        at_label = torch.where(t == 1, -probability, torch.where(self.is_clipped, 0, rest))
-        self.rate = gamma * torch.where(is_normal, slope_of_base / base, at_label)
+        # A quotient of at most 1, by which autograd finds the derivative by t; where q is 0, m = t sigmoid(-x).
+        slope = (1 - 2 * t) * self.both
+        at_label = torch.where(t == 1, -probability, torch.where(t == 0, rest, slope / soft_base))
+        quotient = torch.where(is_normal, slope / base, at_label)
+        self.rate = gamma * torch.where(self.is_clipped, torch.where(t == 0, 0, -probability), quotient)
         alpha = focus.alpha
         self.factor = self.modulating
         if alpha is not None:
@@ -426,10 +454,12 @@ class _FocalParts:
     def by_t(self, of_loss: Tensor) -> Tensor:
         """The derivative by t from that of c."""
         focus, alpha = self.focus, self.focus.alpha
-        relative = self.gamma * (self.rest - self.q) / torch.where(self.base == 0, 1, self.base)
+        # c / m before anything else: both may be subnormal.
+        by_power = self.gamma * (self.rest - self.q) * (self.loss / torch.where(self.base == 0, 1, self.base))
         if focus.gamma_pos != focus.gamma_neg:
-            relative = relative + (focus.gamma_pos - focus.gamma_neg) * self.log_base
-        by_t = _product_of_factors(self.factor, of_loss + _product_of_factors(relative, self.loss))
+            by_gamma = (focus.gamma_pos - focus.gamma_neg) * self.log_base
+            by_power = by_power + _product_of_factors(by_gamma, self.loss)
+        by_t = _product_of_factors(self.factor, of_loss + by_power)
         if alpha is None:
             return by_t
         return by_t + _product_of_factors((2 * alpha - 1) * self.modulating, self.loss)

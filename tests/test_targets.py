@@ -250,6 +250,9 @@ def test_wrong_indices_name_the_first(target_format: str, target: Tensor, words:
     assert torch.equal(x, before)  # nothing half done
     with pytest.raises(ValueError, match=words):
         torch.func.grad(lambda x: LOSSES[loss](x, target, **options_of(target_format)))(torch.randn(4, 10))
+    if target_format != "csr":
+        with pytest.raises(ValueError, match="target"):
+            torch.vmap(lambda x, t: LOSSES[loss](x, t, **options_of(target_format)))(torch.randn(4, 10), target)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +269,8 @@ def test_wrong_indices_name_the_first(target_format: str, target: Tensor, words:
         (torch.eye(4, 10).to_sparse_csc(), {}, TypeError, "target.to_sparse_csr"),
         (torch.eye(4, 10).to_sparse(), {}, TypeError, "target.to_sparse_csr"),
         (torch.eye(4, 10).to_sparse_csr().requires_grad_(), {}, RuntimeError, "a sparse target has no gradient"),
+        (torch.rand(4, 10), {"target_format": "csr"}, ValueError, "csr is not a valid value for target_format"),
+        (torch.rand(4, 10), {"check_target": "no"}, TypeError, "check_target must be True or False, got str"),
         (torch.rand(4, 10), {"target_threshold": "a"}, TypeError, "target_threshold must be a number or None"),
         (torch.rand(4, 10), {"target_threshold": math.nan}, ValueError, "target_threshold must not be NaN"),
         (torch.rand(4, 10), {"smoothing_prior": torch.rand(9), "label_smoothing": 0.1}, RuntimeError, "prior of"),
@@ -320,6 +325,59 @@ def test_no_dense_copy_of_a_sparse_target() -> None:
         F.sigmoid_cross_entropy(x, target).backward()
     large = [event for event in record.events() if event.self_cpu_memory_usage >= x.numel() // 8]
     assert sum(event.self_cpu_memory_usage for event in large) <= x.numel() * 4 + 4096, large
+
+
+@pytest.mark.parametrize(
+    ("target", "value"),
+    [(torch.tensor([[0, 1, 255]], dtype=torch.uint8), -1), (torch.tensor([[0, 1, -1]], dtype=torch.int8), 255)],
+)
+def test_ignore_values_that_the_dtype_cannot_hold(target: Tensor, value: int) -> None:
+    x = torch.randn(1, 3)
+    for loss in (
+        F.sigmoid_cross_entropy,
+        lambda x, t, **o: torch.func.grad(lambda x: F.sigmoid_cross_entropy(x, t, **o))(x),
+    ):
+        with pytest.raises(ValueError, match=r"target\[0, 2\] is"):
+            loss(x, target, ignore_value=value)
+    index = torch.tensor([255], dtype=torch.uint8)
+    for options in ({}, {"ignore_value": -1}, {"ignore_value": math.inf}, {"ignore_value": 1e30}):
+        with pytest.raises(ValueError, match=r"target\[0\] is 255"):
+            F.sigmoid_cross_entropy(x, index, target_format="class_index", **options)
+
+
+@pytest.mark.parametrize("mask_shape", [None, (), (11,), (6, 1), (6, 11)])
+@pytest.mark.parametrize("target_format", ["dense", *FORMATS])
+@pytest.mark.parametrize("value", [None, -1, 0, 1, 3, math.nan])
+def test_how_many_count(
+    device: str, mask_shape: tuple[int, ...] | None, target_format: str, value: float | None
+) -> None:
+    labels = random_labels((6, 11), target_format, device)
+    target = labels.float() if target_format == "dense" else in_format(labels, target_format)
+    mask = None if mask_shape is None else torch.rand(mask_shape, device=device) < 0.6
+    parts = (
+        (target.values(), target.col_indices(), target.crow_indices())
+        if target_format == "csr"
+        else (target, None, None)
+    )
+    x = torch.randn(6, 11, device=device)
+    number = reference.number_counted(x, parts[0], mask, *parts[1:], target_format, value)
+    dense, changed = reference.dense_target(x, *parts, target_format, value)
+    counts = reference.counted(dense, mask, changed)
+    expected = 66 if counts is None else int(counts.expand(6, 11).sum())
+    assert int(number) == expected
+    if value is not None or mask is not None:
+        options = options_of(target_format) if target_format != "dense" else {}
+        loss = F.sigmoid_cross_entropy(x, target, mask=mask, ignore_value=value, **options)
+        total = F.sigmoid_cross_entropy(x, target, mask=mask, ignore_value=value, reduction="sum", **options)
+        torch.testing.assert_close(loss, total / max(expected, 1))
+
+
+def test_modules_check_tensors_of_options() -> None:
+    for wrong in (torch.tensor([0.5, 1.5]), torch.tensor([-0.1]), torch.tensor([math.nan])):
+        with pytest.raises(ValueError, match=r"smoothing_prior must be in \[0, 1\], got"):
+            fused_sce.AsymmetricLoss(smoothing_prior=wrong)
+        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got"):
+            fused_sce.SigmoidFocalLoss(wrong)
 
 
 # What is done to targets.

@@ -62,7 +62,6 @@ void compute_labels(
     T* __restrict__ gradient) {
   const Modulation<T> by = *work.modulation;
   const T* __restrict__ logits = work.logits;
-  alignas(64) T power[kBlock];
   if constexpr (!kClip && kBits > 0) {
     with_prefetch(work, [&](int64_t begin, int64_t count) {
       for (int64_t i = begin; i < begin + count; ++i) {
@@ -75,6 +74,7 @@ void compute_labels(
     });
     return;
   }
+  alignas(64) T power[kBlock];
   Labels<T> labels;
   with_prefetch(work, [&](int64_t begin, int64_t count) {
     for (int64_t i = begin; i < begin + count; ++i) {

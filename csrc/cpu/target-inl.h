@@ -179,7 +179,7 @@ bool fill_csr(const Problem& problem, int64_t row, int64_t first, int64_t length
 }
 
 // Targets [begin, begin + count) of a problem as an array of T, which may be `buffer`. `all_good` becomes false where
-// an index is wrong or an integer is no label; null: labels are not checked.
+// an index is wrong, or with `checks_labels` where a dense integer is no label.
 template <class T>
 const T*
 gather_target(const Problem& problem, int64_t begin, int64_t count, T* buffer, bool* all_good, bool checks_labels) {

@@ -213,9 +213,9 @@ struct ContiguousLoop {
     LabelCheck labels;  // not asked again
     FUSED_SCE_NO_UNROLL
     for (int64_t i = begin; i < begin + count; ++i) {
-      const SingleTarget<T> target = load_target<T>(problem, i, i, i, labels);
+      const SingleTarget<T> target = load_dense_target<T>(problem, i, i, labels);
       const T logit = load_as<T>(static_cast<const Logits*>(problem.logits.data)[i]);
-      const T value = changed_target(problem.options, target.value);
+      const T value = smoothed_target(problem.options, target.value);
       Element<T> element = {logit, value, T(1), T(1), T(1), false, false, target.counts};
       if (kMayBeWeighted) {
         const int64_t column = i % problem.sizes[last];

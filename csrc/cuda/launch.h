@@ -15,8 +15,8 @@
 namespace fused_sce::cuda {
 
 // Threads of a block. A kernel's loop says how many blocks must fit on a multiprocessor at once (kMinBlocks). That
-// bounds a thread's registers: to 64 for 4 blocks, 80 for 3, 128 for 2. With these bounds nvcc 13.0 spills nothing from
-// sm_75 to sm_120; without them it spilled in a few kernels.
+// bounds a thread's registers: to 64 for 4 blocks, 80 for 3, 128 for 2, 255 for 1. With these bounds nvcc 13.0 spills
+// nothing from sm_75 to sm_120; without them it spilled in a few kernels.
 constexpr int kThreads = 256;
 
 // Blocks of a launch, at most; beyond, each thread takes several groups. A constant and not a multiple of the device's
@@ -120,9 +120,11 @@ inline int64_t num_threads(const Problem& problem, int64_t launched) {
   return fixed > 0 ? fixed : launched;
 }
 
-// Whether ContiguousLoop can run the problem, apart from its weights.
+// Whether ContiguousLoop can run the problem, apart from its weights. It has no registers for rare options of the
+// target.
 inline bool is_contiguous(const Problem& problem) {
-  return problem.format == TargetFormat::Dense && !problem.prior && !problem.is_focal() && !problem.in_double &&
+  const bool has_rare_options = problem.prior || problem.options.has_threshold || problem.options.check_target;
+  return problem.format == TargetFormat::Dense && !has_rare_options && !problem.is_focal() && !problem.in_double &&
          problem.logits.contiguous && problem.target.contiguous && (problem.upstream.contiguous || !problem.upstream) &&
          (problem.mask.contiguous || !problem.mask);
 }

@@ -50,6 +50,16 @@ FUSED_SCE_INLINE Offsets offsets_of(const Problem& problem, int64_t index) {
   return at;
 }
 
+// A target as the formula gets it.
+template <class T>
+FUSED_SCE_INLINE T changed_target(const Problem& problem, T target, T prior) {
+  const Options& options = problem.options;
+  if (options.label_smoothing != 0.0) {
+    target = problem.prior ? smoothed_target(options, target, prior) : smoothed_target(options, target);
+  }
+  return options.has_threshold ? binary_target(options, target) : target;
+}
+
 // A gradient times everything that multiplies it.
 template <class Formula, class T>
 FUSED_SCE_INLINE T
@@ -66,7 +76,8 @@ times_factors(const Problem& problem, const Element<T>& element, const Offsets& 
 template <class Formula>
 struct StridedLoop {
   using T = typename Formula::T;
-  static constexpr int kMinBlocks = 2;  // launch.h
+  // launch.h. The formulas of focal.h need more than 128 registers.
+  static constexpr int kMinBlocks = std::is_same<Formula, FocalFormula<T>>::value ? 1 : 2;
 
   FUSED_SCE_INLINE double run(const Problem& problem, TwoPart<T> scale, ThreadRange range) {
     const int group = group_size(problem);
@@ -80,13 +91,8 @@ struct StridedLoop {
       GroupSum<Formula> group_sum;
       for (int64_t i = begin; i < end; ++i) {
         const SingleTarget<T> target = load_target<T>(problem, i, at.target, at.mask, labels);
-        T value = target.value;
-        if (problem.prior && problem.options.label_smoothing != 0.0) {
-          value = smoothed_target(problem.options, value, load_weight<T>(problem.prior, at.prior));
-          if (problem.options.has_threshold) value = binary_target(problem.options, value);
-        } else {
-          value = changed_target(problem.options, value);
-        }
+        const T prior = problem.prior ? load_weight<T>(problem.prior, at.prior) : T(0);
+        const T value = changed_target(problem, target.value, prior);
         const Element<T> element = {
             load_element<T>(problem.logits, at.logits),
             value,

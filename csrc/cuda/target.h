@@ -46,7 +46,7 @@ struct LabelCheck {
 // take every target as it is: to change it there would cost each of them 1 instruction per element.
 template <class Logits, class Action>
 bool choose_target(const Problem& problem, Action&& action) {
-  if (problem.options.changes_target() || problem.options.check_target || problem.leaves_out()) return false;
+  if (problem.options.changes_target() || problem.leaves_out()) return false;
   const DType target = problem.target.dtype;
   if (target == DType::Bool || target == DType::UInt8) {
     action(ByteTarget{});
@@ -72,18 +72,6 @@ struct TargetGroup<T, AnyTarget, kGroup> {
   T values[kGroup];
   uint32_t others;  // bit k is set where element k does not count
 };
-
-template <class T>
-FUSED_SCE_INLINE bool is_fraction(T target) {
-  return target >= T(0) && target <= T(1);
-}
-
-// A target as the formula gets it.
-template <class T>
-FUSED_SCE_INLINE T changed_target(const Options& options, T target) {
-  if (options.label_smoothing != 0.0) target = smoothed_target(options, target);
-  return options.has_threshold ? binary_target(options, target) : target;
-}
 
 // Whether the mask lets an element count.
 FUSED_SCE_INLINE bool is_masked_in(const Problem& problem, int64_t offset) {
@@ -123,10 +111,6 @@ load_target(const Problem& problem, int64_t i, int count, bool wide, LabelCheck&
       }
       FUSED_SCE_UNROLL
       for (int k = 0; k < kGroup; ++k) labels.see(group.others >> k & 1 ? Stored{} : element_of(pack, k));
-      if (problem.options.check_target) {
-        FUSED_SCE_UNROLL
-        for (int k = 0; k < kGroup; ++k) labels.expect(group.others >> k & 1 || is_fraction(group.values[k]));
-      }
     });
   } else {
     group.pack = load_pack<Target, kGroup>(problem.target.data, i, count, wide);
@@ -165,7 +149,7 @@ FUSED_SCE_INLINE void
 convert(const Problem& problem, TargetGroup<T, Target, kGroup> group, LabelCheck& labels, T (&targets)[kGroup]) {
   if constexpr (std::is_same<Target, AnyTarget>::value) {
     FUSED_SCE_UNROLL
-    for (int k = 0; k < kGroup; ++k) targets[k] = changed_target(problem.options, group.values[k]);
+    for (int k = 0; k < kGroup; ++k) targets[k] = smoothed_target(problem.options, group.values[k]);
   } else {
     if constexpr (std::is_same<Target, ByteTarget>::value) {
       if (problem.target.dtype == DType::Bool) {
@@ -216,8 +200,8 @@ FUSED_SCE_INLINE T find_target(const Problem& problem, int64_t index, LabelCheck
   }
   const int64_t begin = problem.row_begins[row];
   int64_t end = problem.row_begins[row + 1];
-  const bool is_whole = (row > 0 || begin == 0) && (index + problem.columns < problem.numel || end == problem.values ||
-                                                    row + 1 < problem.numel / problem.columns);
+  const int64_t rows = problem.numel / problem.columns;
+  const bool is_whole = (row > 0 || begin == 0) && (row + 1 < rows || end == problem.values);
   if (begin < 0 || end < begin || end > problem.values || !is_whole) {
     labels.expect(false);
     return T(0);
@@ -239,32 +223,41 @@ FUSED_SCE_INLINE T find_target(const Problem& problem, int64_t index, LabelCheck
   }
   if (first >= problem.row_begins[row + 1] || columns[first] != column) return T(0);
   return visit(problem.target.dtype, [&](auto tag) {
-    const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[first];
-    labels.see(stored);
-    return load_as<T>(stored);
+    return load_as<T>(static_cast<const decltype(tag)*>(problem.target.data)[first]);
   });
 }
 
-// The target of element `index`; `offset` and `mask_offset` are those of dense ones and of the mask.
+// A dense target.
+template <class T>
+FUSED_SCE_INLINE SingleTarget<T>
+load_dense_target(const Problem& problem, int64_t offset, int64_t mask_offset, LabelCheck& labels) {
+  bool counts = is_masked_in(problem, mask_offset);
+  const T value = visit(problem.target.dtype, [&](auto tag) {
+    const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[offset];
+    const T loaded = load_as<T>(stored);
+    counts = counts && !is_ignored(problem.options, loaded);
+    if (counts) labels.see(stored);
+    return loaded;
+  });
+  return {value, counts};
+}
+
+// The target of element `index`; `offset` and `mask_offset` are those of a dense one and of the mask.
 template <class T>
 FUSED_SCE_INLINE SingleTarget<T>
 load_target(const Problem& problem, int64_t index, int64_t offset, int64_t mask_offset, LabelCheck& labels) {
-  bool counts = is_masked_in(problem, mask_offset);
-  T value;
-  if (problem.format != TargetFormat::Dense) {
-    value = find_target<T>(problem, index, labels);
-    counts = counts && !is_ignored(problem.options, value);
+  SingleTarget<T> target;
+  if (problem.format == TargetFormat::Dense) {
+    target = load_dense_target<T>(problem, offset, mask_offset, labels);
   } else {
-    value = visit(problem.target.dtype, [&](auto tag) {
-      const auto stored = static_cast<const decltype(tag)*>(problem.target.data)[offset];
-      const T loaded = load_as<T>(stored);
-      counts = counts && !is_ignored(problem.options, loaded);
-      if (counts) labels.see(stored);
-      return loaded;
-    });
+    target.value = find_target<T>(problem, index, labels);
+    target.counts = is_masked_in(problem, mask_offset) && !is_ignored(problem.options, target.value);
+    const bool is_label = target.value == T(0) || target.value == T(1);
+    if (is_integer(problem.target.dtype)) labels.expect(!target.counts || is_label);
   }
-  if (problem.options.check_target) labels.expect(!counts || is_fraction(value));
-  return {value, counts};
+  const bool is_fraction = target.value >= T(0) && target.value <= T(1);
+  if (problem.options.check_target) labels.expect(!target.counts || is_fraction);
+  return target;
 }
 
 }  // namespace fused_sce::cuda

@@ -314,7 +314,9 @@ FUSED_SCE_INLINE SoftTarget<T> soft_target_of(const Modulation<T>& by, T x, T t,
   const T slope = add_product(product(positive, -rest), negative, slope_of_negative);
   const T m = mul_add(t, rest, negative * q);
   const T gamma = mul_add(t, by.gamma_pos - by.gamma_neg, by.gamma_neg);
-  const T rate = m == T(0) ? T(0) : gamma * ((is_clipped ? -t : negative - t) * (derivative / m));
+  // m' / m, of size 1 at most where it is a quotient. Where q is 0, m = t sigmoid(-x), which may be subnormal.
+  const T quotient = m == T(0) ? T(0) : (negative - t) * (derivative / m);
+  const T rate = gamma * (is_clipped ? (t == T(0) ? T(0) : -probability) : quotient);
 
   return {m, gamma, c, slope + product_of_factors(rate, c)};
 }

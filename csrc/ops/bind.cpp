@@ -248,8 +248,9 @@ void bind_rows(const Arguments& arguments, BoundProblem& bound) {
   if (problem.format == TargetFormat::IndexList) {
     problem.list_length = target.size(target.dim() - 1);
   } else if (problem.options.has_ignore_value) {
-    problem.has_ignored_index = problem.options.ignore_value == std::floor(problem.options.ignore_value);
-    problem.ignored_index = problem.has_ignored_index ? int64_t(problem.options.ignore_value) : 0;
+    const double index = problem.options.ignore_value;
+    problem.has_ignored_index = std::fabs(index) < 0x1p62 && index == std::floor(index);
+    problem.ignored_index = problem.has_ignored_index ? int64_t(index) : 0;
     problem.options.ignore_value = NAN;
   }
 }

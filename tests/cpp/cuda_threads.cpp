@@ -301,8 +301,8 @@ double value_at(const Problem& problem, const Operand& operand, int64_t i) {
 // The target that the formula gets, rounded as the kernels round it.
 double exact_target(const Problem& problem, int64_t i) {
   const double target = value_at(problem, problem.target, i);
-  return problem.in_double ? cuda::changed_target(problem.options, target)
-                           : double(cuda::changed_target(problem.options, float(target)));
+  return problem.in_double ? cuda::changed_target(problem, target, 0.0)
+                           : double(cuda::changed_target(problem, float(target), 0.0f));
 }
 
 bool counts_at(const Problem& problem, int64_t i) {
@@ -933,6 +933,21 @@ void test_wrong_targets() {
     const auto run = [&] { return cpu::kernels().chunks(problem, 0, 1, nullptr); };
     expect(fails(problem) == matrix.is_wrong, "a sparse target with columns %d, ...", int(matrix.columns[0]));
     expect(run() != matrix.is_wrong, "the same on the CPU");
+  }
+  for (int64_t value : {0, 1, 2, -1}) {
+    const int64_t integers[] = {1, value, 0, 1};
+    const int64_t diagonal[] = {0, 1, 2, 3};
+    const int64_t begins[] = {0, 1, 2, 3, 4};
+    Problem problem = problem_with(TargetFormat::Csr, integers);
+    problem.target.dtype = DType::Int64;
+    problem.values = 4;
+    problem.value_columns = diagonal;
+    problem.row_begins = begins;
+    expect(fails(problem) == (value < 0 || value > 1), "a sparse integer target of %d", int(value));
+    problem.options.has_ignore_value = true;
+    problem.options.ignore_value = double(value);
+    expect(!fails(problem), "a sparse integer target of %d that does not count", int(value));
+    expect(cpu::kernels().chunks(problem, 0, 1, nullptr), "the same on the CPU");
   }
   for (double value : {0.0, 1.0, 0.5, -1e-9, 1.001, double(NAN)}) {
     fill_target(soft);
