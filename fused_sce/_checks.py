@@ -21,7 +21,7 @@ _OTHERS = (*_LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int
 
 
 # The factors of a loss, and what else broadcasts to the logits, with the dtypes of each.
-_FACTORS = {"weight": _OTHERS, "pos_weight": _OTHERS, "mask": (torch.bool,), "label_alpha": _OTHERS, "prior": _OTHERS}
+_FACTORS = {"weight": _OTHERS, "pos_weight": _OTHERS, "mask": (torch.bool,), "label_alpha": _LOGITS, "prior": _LOGITS}
 PUBLIC_NAMES = {"label_alpha": "alpha", "prior": "smoothing_prior"}
 """What users call these tensors of the op."""
 
@@ -39,7 +39,12 @@ def check_tensors(tensors: Mapping[str, Any], target_format: str = "dense") -> N
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+        cures = {
+            "ndarray": ": pass torch.from_numpy(target)",
+            "csr_matrix": ": pass torch.sparse_csr_tensor(m.indptr, m.indices, m.data, m.shape) of the matrix m",
+        }
+        name = type(target).__name__
+        raise TypeError(f"target must be a tensor, got {name}{cures.get(name.replace('_array', '_matrix'), '')}")
     check_dense("input", input)
     if target_format != "dense" and any(_sharding.dtensor_of(tensor) is not None for tensor in (input, target)):
         raise RuntimeError("targets in other formats do not work with DTensors: pass a dense one, of input's shape")
@@ -59,7 +64,8 @@ def check_tensors(tensors: Mapping[str, Any], target_format: str = "dense") -> N
     check_device("target", target, input)
     for name, (factor, dtypes) in factors.items():
         if factor is not None:
-            check_factor(name, factor, input, dtypes)
+            is_mask = name == "alpha" and isinstance(factor, Tensor) and factor.dtype is torch.bool
+            check_factor(name, factor, input, dtypes, ": a mask is passed as mask=" if is_mask else "")
 
 
 def check_format(input: Tensor, target: Tensor, target_format: str) -> None:
@@ -70,18 +76,23 @@ def check_format(input: Tensor, target: Tensor, target_format: str) -> None:
         raise ValueError(f"target_format={target_format!r} needs logits of shape (..., C), but input is a scalar")
     *rest, classes = input.shape
     is_index = not (target.is_floating_point() or target.dtype is torch.bool)
-    shapes = {
-        "class_index": (rest, f"{tuple(rest)}, one index for each row of logits"),
-        "packed": ([*rest, (classes + 7) // 8], f"{(*rest, (classes + 7) // 8)}, eight labels in a byte"),
-        "index_list": (rest + list(target.shape[-1:]), f"{(*rest, 'K')}, the indices of the positives of each row"),
+    last = {
+        "class_index": [],
+        "packed": [(classes + 7) // 8],
+        "index_list": list(target.shape[-1:]) or [0],
     }
-    if target_format not in shapes:
+    if target_format not in last:
         return  # unknown, which is an error of its own
-    shape, words = shapes[target_format]
-    if list(target.shape) != shape or (target_format == "index_list" and target.dim() == 0):
+    if list(target.shape) != rest + last[target_format]:  # no words before: under torch.compile sizes have none
+        words = {
+            "class_index": "one index for each row of logits",
+            "packed": "eight labels in a byte",
+            "index_list": "with any number of indices for each row of logits",
+        }
         raise ValueError(
-            f"target_format={target_format!r} needs a target of shape {words}, for input of shape "
-            f"{tuple(input.shape)}, got {tuple(target.shape)}"
+            f"target_format={target_format!r} needs a target of shape {tuple(rest + last[target_format])}, "
+            f"{words[target_format]}, for input of shape {tuple(input.shape)}, whose last dimension is that of the "
+            f"labels, got {tuple(target.shape)}"
         )
     if target_format == "packed" and target.dtype is not torch.uint8:
         raise TypeError(f"target must have dtype uint8 for target_format='packed', got {target.dtype}")
@@ -168,7 +179,10 @@ def check_indices(input: Tensor, target: Tensor, target_format: str, ignore_valu
             place = first_wrong(target[..., -1] >> classes % 8 != 0, "the bits behind the last label must be 0")
             if place is not None:
                 at = ", ".join(map(str, [*place, target.shape[-1] - 1]))
-                raise ValueError(f"target[{at}] has bits behind the last of {classes} labels: they must be 0")
+                raise ValueError(
+                    f"target[{at}] has bits behind the last of {classes} labels: they must be 0. "
+                    'numpy.packbits needs bitorder="little"'
+                )
         return
     is_list, target = target_format == "index_list", target.long()
     wrong = (target < (-1 if is_list else 0)) | (target >= classes)
@@ -176,10 +190,10 @@ def check_indices(input: Tensor, target: Tensor, target_format: str, ignore_valu
         wrong &= target != ignore_value
     place = first_wrong(wrong, "an index of a target is out of range")
     if place is not None:
-        padding = ", or -1 for none" if is_list else ""
+        value = target[place].item()
+        padding = ", or -1 for none" if is_list else f": ignore_value={value} leaves it out" if value < 0 else ""
         raise ValueError(
-            f"target[{', '.join(map(str, place))}] is {target[place].item()}, but an index must be in "
-            f"[0, {classes - 1}]{padding}"
+            f"target[{', '.join(map(str, place))}] is {value}, but an index must be in [0, {classes - 1}]{padding}"
         )
     if is_list and target.shape[-1] > 1:
         ordered, order = torch.sort(target, dim=-1, stable=True)
@@ -210,8 +224,8 @@ def check_csr(input: Tensor, columns: Tensor, rows: Tensor) -> None:
     if place is not None:
         before, after = columns[place[0]].item(), columns[place[0] + 1].item()
         raise ValueError(
-            f"target.col_indices()[{place[0] + 1}] is {after} after {before}, but the columns of a row must ascend: "
-            "target.to_sparse_coo().coalesce().to_sparse_csr() sorts them and adds up duplicates"
+            f"target.col_indices()[{place[0] + 1}] is {after} after {before}, but the columns of a row must ascend, "
+            "each once: scipy's matrix.sum_duplicates() sorts them in place, and adds up values that stand twice"
         )
 
 
@@ -254,29 +268,27 @@ def check_dense(name: str, tensor: Tensor | None) -> None:
 
 def shape_hint(input: Tensor, target: Tensor) -> str:
     """What the shapes look like a mistake of, as the end of an error message."""
-    class_indices = (
-        input.dim() == 2 and target.shape in (input.shape[:1], (*input.shape[:1], 1)) and not target.is_floating_point()
-    )
-    if class_indices:
-        return (
-            f". A target of {input.shape[0]} class indices met {input.shape[0]} rows of {input.shape[1]} logits: "
-            "a multi-label target holds one 0 or 1 for each logit. For class indices use "
-            f"torch.nn.functional.one_hot(target, {input.shape[1]}), or torch.nn.CrossEntropyLoss if each sample has "
-            "exactly one class"
-        )
     if target.numel() == input.numel():
         return (
             f". Both have {input.numel()} elements: reshape the one whose dimensions are wrong, "
             "for example logits.squeeze(-1)"
         )
+    is_index = not target.is_floating_point() and target.dtype is not torch.bool
+    if is_index and input.dim() == 2 and target.shape in (input.shape[:1], (*input.shape[:1], 1)):
+        return (
+            f". A target of {input.shape[0]} class indices met {input.shape[0]} rows of {input.shape[1]} logits: "
+            "a multi-label target holds one 0 or 1 for each logit. For class indices use "
+            f'torch.nn.functional.one_hot(target, {input.shape[1]}), target_format="class_index" of '
+            "SigmoidCrossEntropyLoss, or torch.nn.CrossEntropyLoss if each sample has exactly one class"
+        )
     return ""
 
 
-def check_factor(name: str, factor: Tensor, input: Tensor, dtypes: tuple[torch.dtype, ...] = _OTHERS) -> None:
+def check_factor(name: str, factor: Tensor, input: Tensor, dtypes: tuple[torch.dtype, ...], hint: str) -> None:
     """Check that `weight`, `pos_weight`, `mask` or `alpha` broadcasts to `input`'s shape."""
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
-    check_dtype(name, factor, dtypes)
+    check_dtype(name, factor, dtypes, hint)
     missing = input.dim() - factor.dim()
     fits = missing >= 0 and all(
         own in (1, of_input) for own, of_input in zip(factor.shape, input.shape[max(missing, 0) :], strict=False)
@@ -352,4 +364,7 @@ def check_reduction(reduction: str, allowed: tuple[str, ...] = ("mean", "sum", "
         ValueError: It is not one of `allowed`.
     """
     if reduction not in allowed:
-        raise ValueError(f"{reduction} is not a valid value for reduction: it must be one of {', '.join(allowed)}")
+        hint = '. timm\'s "batchmean" is "sum_classes" here' if reduction == "batchmean" else ""
+        raise ValueError(
+            f"{reduction} is not a valid value for reduction: it must be one of {', '.join(allowed)}{hint}"
+        )

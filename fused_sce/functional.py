@@ -159,14 +159,15 @@ def sigmoid_cross_entropy(
             of 0, this or another one, leaves out what it multiplies, even infinities and NaN, from loss and gradients.
         mask: bool; where it is False, an element does not count: its loss and gradients are 0, whatever its logit,
             target and weights are, infinities and NaN included. Broadcasts to the input's shape.
-        reduction: "mean" over all elements that count, 0 if there is none; "sum"; "none"; or "sum_classes": the sum
-            over the last dimension, averaged over the others, as timm's `BinaryCrossEntropy(sum_classes=True)`.
+        reduction: "mean" over all elements that count (0 if `mask` or `ignore_value` leaves none, NaN of an empty
+            input), "sum", "none", or "sum_classes": the sum over the last dimension, averaged over all of the others,
+            as timm's `BinaryCrossEntropy(sum_classes=True)`.
         label_smoothing: s in [0, 1]: the target t becomes `(1 - s) t + s p`, rounded to the dtype computed in.
         smoothing_prior: p in [0, 1]. 0.5 is Keras's smoothing, 1 / C timm's. A tensor, the frequency of each label for
             example, broadcasts to the input's shape; its values are not checked.
         target_threshold: after the smoothing the target becomes 1 where it is larger, else 0, as timm's. NaN stays NaN.
         ignore_value: where the target equals it, or is NaN as it is, an element does not count. Usually -1, -100 or
-            NaN. For class indices it is an index: rows that have it do not count.
+            NaN. For class indices it is an index: rows that have it do not count. For other formats it is a label.
         target_format: "dense"; "class_index": `target` of shape (...,) holds the index of the only positive of each row
             of logits (..., C), as timm's `BinaryCrossEntropy` takes it; "packed": (..., ceil(C / 8)) uint8, eight
             labels in a byte, the first in the lowest bit, as `numpy.packbits(labels, -1, "little")` makes it;
@@ -421,10 +422,14 @@ def check_target_options(options: OfTarget) -> None:
     smoothing, prior, threshold, ignore_value, target_format, check_target = options
     if isinstance(prior, Tensor) and prior.requires_grad:
         raise RuntimeError("smoothing_prior has no gradient: pass smoothing_prior.detach()")
-    fractions = {"label_smoothing": smoothing, "smoothing_prior": 0.5 if isinstance(prior, Tensor) else prior}
+    fractions: dict[str, Any] = {
+        "label_smoothing": smoothing,
+        "smoothing_prior": 0.5 if isinstance(prior, Tensor) else prior,
+    }
     for name, value in fractions.items():
         if not isinstance(value, float | int | torch.SymFloat):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            kinds = "a number or a tensor" if name == "smoothing_prior" else "a number"
+            raise TypeError(f"{name} must be {kinds}, got {type(value).__name__}")
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
     for name, number in (("ignore_value", ignore_value), ("target_threshold", threshold)):

@@ -83,7 +83,8 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
         setattr(module, name, value)
         return
     if value.is_cpu and not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"{name} must be in [0, 1], got {value.min().item()} to {value.max().item()}")
+        wrong = value[~((value >= 0) & (value <= 1))].flatten()[0].item()
+        raise ValueError(f"{name} must be in [0, 1] everywhere, got {wrong}")
     module.register_buffer(name, value)
 
 
@@ -163,12 +164,13 @@ class _SigmoidLoss(_KeepsParameters):
 class SigmoidCrossEntropyLoss(_SigmoidLoss):
     """Sigmoid cross-entropy with all options of the kernels.
 
-    `weight` and `pos_weight` are buffers, or parameters if they are given as such. All arguments, shapes and errors of
-    a call are those of `fused_sce.functional.sigmoid_cross_entropy`.
+    `weight`, `pos_weight` and `smoothing_prior`, if it is a tensor, are buffers, the first two parameters if they are
+    given as such. All arguments, shapes and errors of a call are those of `fused_sce.functional.sigmoid_cross_entropy`.
 
     Raises:
         TypeError: `weight` or `pos_weight` is no tensor.
-        ValueError: `reduction` is unknown, or `label_smoothing` or `smoothing_prior` is not in [0, 1].
+        ValueError: `reduction` or `target_format` is unknown, or `label_smoothing` or `smoothing_prior`, a number or a
+            tensor, is not in [0, 1].
     """
 
     def __init__(
@@ -205,7 +207,7 @@ class SigmoidFocalLoss(_SigmoidLoss):
 
     Raises:
         TypeError: `weight` or `pos_weight` is no tensor, `alpha` neither a number nor a tensor, or `gamma` no number.
-        ValueError: `reduction` is unknown, or a number is out of its range.
+        ValueError: `reduction` or `target_format` is unknown, or a number, also in a tensor, is out of its range.
     """
 
     alpha: float | Tensor | None
@@ -253,7 +255,7 @@ class AsymmetricLoss(_SigmoidLoss):
 
     Raises:
         TypeError: `weight` or `pos_weight` is no tensor, or an option no number.
-        ValueError: `reduction` is unknown, or a number is out of its range.
+        ValueError: `reduction` or `target_format` is unknown, or a number, also in a tensor, is out of its range.
     """
 
     def __init__(

@@ -295,6 +295,34 @@ def only_what_counts() -> None:
 
 
 @check(2)
+def focal_and_asymmetric_losses() -> None:
+    mesh = line()
+    x, t = sample(5, 7)
+    alpha, prior = torch.rand(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for reduction in ("mean", "sum", "none", "sum_classes"):
+        for ignore_value in (None, float(t[0, 0])):
+            options: dict[str, Any] = {"reduction": reduction, "ignore_value": ignore_value, "label_smoothing": 0.1}
+            whole = x.clone().requires_grad_()
+            focal = F.sigmoid_focal_loss(whole, t, alpha, 1.5, smoothing_prior=prior, **options)
+            asymmetric = F.asymmetric_loss(whole, t, **options)
+            expected = [torch.autograd.grad(each.sum(), whole)[0] for each in (focal, asymmetric)]
+            for placement in (Shard(0), Shard(1), Replicate()):
+                logits, target = put(x, mesh, [placement]).requires_grad_(), put(t, mesh, [placement])
+                of_labels = [put(each, mesh, [Replicate()]) for each in (alpha, prior)]
+                losses = (
+                    F.sigmoid_focal_loss(logits, target, of_labels[0], 1.5, smoothing_prior=of_labels[1], **options),
+                    F.asymmetric_loss(logits, target, **options),
+                )
+                for loss, right, gradient in zip(losses, (focal, asymmetric), expected, strict=True):
+                    assert_same(loss.full_tensor(), right)
+                    assert_same(torch.autograd.grad(loss.sum(), logits)[0].full_tensor(), gradient)
+    index = torch.zeros(5, dtype=torch.long)
+    for target in (index, put(index, mesh, [Shard(0)])):
+        with pytest.raises(RuntimeError, match="other formats do not work with DTensors"):
+            F.sigmoid_cross_entropy(put(x, mesh, [Shard(0)]), target, target_format="class_index")
+
+
+@check(2)
 def partial_logits_are_reduced_first() -> None:
     mesh = line()
     x, t = sample(4, 6)

@@ -406,6 +406,8 @@ def test_modules() -> None:
         (lambda x, t: F.sigmoid_focal_loss(x, t, gamma=-1), ValueError, "gamma must be at least 0 and at most"),
         (lambda x, t: F.sigmoid_focal_loss(x, t, gamma=math.nan), ValueError, "gamma must be at least 0"),
         (lambda x, t: F.sigmoid_focal_loss(x, t, gamma=None), TypeError, "gamma must be a number, got NoneType"),
+        (lambda x, t: F.sigmoid_focal_loss(x, t, t < 0.5), TypeError, "a mask is passed as mask="),
+        (lambda x, t: F.asymmetric_loss(x, t, reduction="batchmean"), ValueError, 'timm.s "batchmean" is "sum_c'),
         (lambda x, t: F.sigmoid_focal_loss(x, t, torch.rand(5)), RuntimeError, "alpha of shape .5,. does not broad"),
         (lambda x, t: F.sigmoid_focal_loss(x, t, reduction="avg"), ValueError, "avg is not a valid value"),
         (lambda x, t: F.sigmoid_focal_loss(x, t[:2]), ValueError, "Target size"),

@@ -141,7 +141,9 @@ def test_out_of_range(name: str, value: float) -> None:
 @pytest.mark.parametrize("value", [torch.tensor(0.1), "0.1", None])
 @pytest.mark.parametrize("name", ["label_smoothing", "smoothing_prior"])
 def test_no_number(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be a number, got {type(value).__name__}"):
+    if name == "smoothing_prior" and isinstance(value, Tensor):
+        return  # one for each label
+    with pytest.raises(TypeError, match=f"{name} must be a number.*, got {type(value).__name__}"):
         F.sigmoid_cross_entropy(torch.randn(3), torch.rand(3), **{name: value})
 
 

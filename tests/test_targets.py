@@ -226,7 +226,7 @@ def wrong_targets() -> list[tuple[str, Tensor, str]]:
         ("index_list", torch.tensor([[0, 1], [2, -1], [3, 3], [-1, -1]]), r"target\[2, 1\] is 3, which its row has"),
         ("csr", sparse(rows, torch.tensor([0, 1, 2, 10])), r"target.col_indices\(\)\[3\] is 10"),
         ("csr", sparse(rows, torch.tensor([0, -1, 2, 3])), r"target.col_indices\(\)\[1\] is -1"),
-        ("csr", sparse(two, torch.tensor([0, 1, 2, 2])), r"target.col_indices\(\)\[3\] is 2 after 2.*coalesce"),
+        ("csr", sparse(two, torch.tensor([0, 1, 2, 2])), r"target.col_indices\(\)\[3\] is 2 after 2.*sum_duplicates"),
         ("csr", sparse(two, torch.tensor([5, 1, 2, 3])), r"target.col_indices\(\)\[1\] is 1 after 5"),
         *(
             ("csr", sparse(torch.tensor(wrong), torch.arange(4)), "crow_indices.. must ascend from 0 to 4")
@@ -263,7 +263,7 @@ def test_wrong_indices_name_the_first(target_format: str, target: Tensor, words:
         (torch.zeros(4), {"target_format": "class_index"}, TypeError, "an integer dtype for target_format='class_in"),
         (torch.zeros(4, 3, dtype=torch.uint8), {"target_format": "packed"}, ValueError, r"shape \(4, 2\), eight"),
         (torch.zeros(4, 2, dtype=torch.int8), {"target_format": "packed"}, TypeError, "dtype uint8"),
-        (torch.zeros(3, 2, dtype=torch.long), {"target_format": "index_list"}, ValueError, r"shape \(4, 'K'\)"),
+        (torch.zeros(3, 2, dtype=torch.long), {"target_format": "index_list"}, ValueError, "any number of"),
         (torch.eye(4, 9).to_sparse_csr(), {}, ValueError, "Target size"),
         (torch.eye(4, 10).to_sparse_csr(), {"target_format": "packed"}, ValueError, "needs no target_format"),
         (torch.eye(4, 10).to_sparse_csc(), {}, TypeError, "target.to_sparse_csr"),
@@ -374,9 +374,9 @@ def test_how_many_count(
 
 def test_modules_check_tensors_of_options() -> None:
     for wrong in (torch.tensor([0.5, 1.5]), torch.tensor([-0.1]), torch.tensor([math.nan])):
-        with pytest.raises(ValueError, match=r"smoothing_prior must be in \[0, 1\], got"):
+        with pytest.raises(ValueError, match=r"smoothing_prior must be in \[0, 1\] everywhere, got"):
             fused_sce.AsymmetricLoss(smoothing_prior=wrong)
-        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got"):
+        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\] everywhere, got"):
             fused_sce.SigmoidFocalLoss(wrong)
 
 

@@ -368,6 +368,9 @@ BoundProblem bind(const Arguments& arguments, const Layout& layout, const Tensor
     if (each.operand == &problem.mask && each.operand->dtype != DType::Bool) {
       fail("mask must have dtype bool, got ", each.tensor->scalar_type());
     }
+    if (each.operand == &problem.alpha && !is_floating(each.tensor->scalar_type())) {
+      fail("label_alpha must have dtype ", kFloatingTypes, ", got ", each.tensor->scalar_type());
+    }
     // Converted here once rather than in every kernel: a weight is small as a rule. A gradient of the loss may be as
     // large as the logits and have their type, so the kernels read that type as well.
     const ScalarType type = each.tensor->scalar_type();
