@@ -249,13 +249,17 @@ class Oracle:
         self.dtype = torch.float64 if torch.float64 in (x.dtype, t.dtype) else torch.float32
         self.T = NUMPY[self.dtype]
         self.x, self.t = wide(x, x.shape), wide(t, x.shape)
+        self.is_uncertain = np.zeros(x.shape, bool)  # the target
         smoothing, prior = options.get("label_smoothing", 0.0), tensors.get("prior")
         if smoothing:
             kept, added = self.T(1 - smoothing), self.T(smoothing * options.get("smoothing_prior", 0.5))
             if prior is not None:
                 added = (self.T(smoothing) * wide(prior.to(self.dtype), x.shape).astype(self.T)).astype(self.T)
-            # rounded, because the formula gets that
-            self.t = (added + (0 if kept == 0 else Wide(kept) * self.t)).astype(self.T).astype(Wide) * np.ones(x.shape)
+            exact = added + (0 if kept == 0 else Wide(kept) * self.t) + np.zeros(x.shape, Wide)
+            self.t = exact.astype(self.T).astype(Wide)  # rounded, because the formula gets that
+            # Near the middle of two numbers long double may round to the other one, which matters where 1 - t is small.
+            half = np.abs(np.abs(exact - self.t) / np.spacing(np.abs(self.t).astype(self.T)) - 0.5)
+            self.is_uncertain = half < (2.0**-7 if self.T is np.float64 else 0)
         if "target_threshold" in options:
             is_larger = self.t > self.T(options["target_threshold"])
             self.t = np.where(np.isnan(self.t), self.t, is_larger.astype(Wide))
@@ -327,7 +331,8 @@ class Oracle:
             bounds.append(np.where(by == 0, 0, np.where(is_odd, np.inf, bound)))
         self.overflows = np.isinf((product_of_factors(w, upstream) * self.divisor).astype(T))
         unknown = np.where(np.isfinite(gradient), self.overflows, (wu != 0) & (np.abs(wu) < 8 * tiny))
-        unknown = unknown | (np.isinf(wu) & (np.abs(right.gradient) < 64 * tiny))
+        unknown = unknown | (np.isinf(wu) & (np.abs(right.gradient) < 64 * tiny)) | self.is_uncertain
+        bounds[0] = np.where(self.is_uncertain, np.inf, bounds[0])
         return {
             "loss": (np.where(bounds[0] == np.inf, 0, loss), same, bounds[0]),
             "input": (gradient, of_input.double().numpy(), np.where(unknown, np.inf, bounds[1])),
@@ -556,6 +561,9 @@ def check_rounded_twice(
     factor, info = Wide(float(upstream)), torch.finfo(got.dtype)
     if factor == 0:
         exact = same = np.zeros_like(exact)
+    if oracle.w is not None:  # a weight that is too small for any number when it is divided is a factor of 0
+        has_vanished = (np.abs(oracle.w) / oracle.divisor < 8 * smallest(oracle.dtype)) & ~np.isfinite(exact)
+        bound = np.where(has_vanished & (got.detach().double().numpy() == 0), np.inf, bound)
     # and what rounds the factor to float32
     lost = (0.51 * info.eps + 2.0**-24) * np.abs(exact) + 1.51 * smallest(got.dtype) * np.abs(factor)
     bound = np.where(np.abs(exact) > info.max * np.abs(factor), np.inf, bound + np.nan_to_num(lost, posinf=np.inf))
