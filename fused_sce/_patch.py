@@ -104,6 +104,8 @@ def asymmetric_loss_forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
     if not _patch.takes_asymmetric(self, x, y):
         return _patch.theirs["asymmetric_loss_forward"](self, x, y)
     is_batchmean = self.reduction == "batchmean"
+    # Divided by the kernel where it can be: then backward need not make the gradient anew.
+    of_batch = "sum_classes" if x.dim() == 2 else "sum"
     # The loss has the target's dtype, so timm's float32. Half-precision logits need no copy for that.
     loss = functional.asymmetric_loss(
         x if x.is_floating_point() and x.itemsize == 2 else x.float(),
@@ -113,11 +115,11 @@ def asymmetric_loss_forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
         clip=self.clip,
         weight=self.weight,
         pos_weight=self.pos_weight,
-        reduction="sum" if is_batchmean else self.reduction,
+        reduction=of_batch if is_batchmean else self.reduction,
         label_smoothing=self.smoothing,
         smoothing_prior=0.5,
     )
-    return loss / x.shape[0] if is_batchmean else loss
+    return loss / x.shape[0] if is_batchmean and x.dim() != 2 else loss
 
 
 def takes_focal(input: Tensor, target: Tensor, alpha: float, gamma: float, reduction: str) -> bool:
