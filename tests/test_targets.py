@@ -223,6 +223,7 @@ def wrong_targets() -> list[tuple[str, Tensor, str]]:
         ("packed", packed, r"target\[2, 1\] has bits behind the last of 10 labels"),
         ("index_list", torch.tensor([[0, 1], [2, -1], [3, 12], [-1, -1]]), r"target\[2, 1\] is 12.*or -1 for none"),
         ("index_list", torch.tensor([[0, 1], [-2, -1], [3, 4], [-1, -1]]), r"target\[1, 0\] is -2"),
+        ("index_list", torch.tensor([[0, 1], [2, -1], [3, -(2**63)], [-1, -1]]), r"target\[2, 1\] is -9223"),
         ("index_list", torch.tensor([[0, 1], [2, -1], [3, 3], [-1, -1]]), r"target\[2, 1\] is 3, which its row has"),
         ("csr", sparse(rows, torch.tensor([0, 1, 2, 10])), r"target.col_indices\(\)\[3\] is 10"),
         ("csr", sparse(rows, torch.tensor([0, -1, 2, 3])), r"target.col_indices\(\)\[1\] is -1"),

@@ -135,7 +135,7 @@ bool fill_index_list(const Problem& problem, int64_t row, int64_t first, int64_t
   T aside = T(0);
   bool is_again = false;
   for (int64_t k = 0; k < problem.list_length; ++k) {
-    const uint64_t place = uint64_t(list[k] - first);
+    const uint64_t place = uint64_t(list[k]) - uint64_t(first);
     T* const target = place < uint64_t(length) ? to + place : &aside;
     is_again |= *target != T(0);
     *target = T(1);

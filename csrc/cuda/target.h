@@ -209,7 +209,7 @@ FUSED_SCE_INLINE T find_target(const Problem& problem, int64_t index, LabelCheck
   const int64_t* const columns = problem.value_columns;
   if (column == 0) {  // one thread checks the row: its columns are those of the logits and ascend
     for (int64_t k = begin; k < end; ++k) {
-      labels.expect((k == begin ? 0 : columns[k - 1] + 1) <= columns[k] && columns[k] < problem.columns);
+      labels.expect(columns[k] < problem.columns && (k == begin ? columns[k] >= 0 : columns[k - 1] < columns[k]));
     }
   }
   int64_t first = begin;

@@ -317,7 +317,6 @@ FUSED_SCE_INLINE SoftTarget<T> soft_target_of(const Modulation<T>& by, T x, T t,
   // m' / m, of size 1 at most where it is a quotient. Where q is 0, m = t sigmoid(-x), which may be subnormal.
   const T quotient = m == T(0) ? T(0) : (negative - t) * (derivative / m);
   const T rate = gamma * (is_clipped ? (t == T(0) ? T(0) : -probability) : quotient);
-
   return {m, gamma, c, slope + product_of_factors(rate, c)};
 }
 
