@@ -10,7 +10,7 @@ OUT ?= $(OUTPUT)/gpu
 TORCH ?= torch torchvision
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test fuzz sweep kernel sanitize bench gpu-check lint format wheel try-wheel clean help
+.PHONY: setup demo test fuzz sweep sweep-heads kernel sanitize bench gpu-check lint format wheel try-wheel clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ build/sweep: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
 
 sweep: build/sweep  ## Check every float32, bfloat16 and float16 logit against float64 (minutes)
 	build/sweep 1
+
+sweep-heads: setup  ## Replace the head of every family of timm, torchvision and Hugging Face models (minutes)
+	$(BIN)/python tools/sweep_heads.py --table docs/heads.md
 
 build/kernel: benchmarks/kernel.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
 	mkdir -p build
