@@ -8,50 +8,10 @@ forward pass, where no user can put another loss. `fused_sce.patch_torch()` can.
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from typing import Any
 
-from patched_training import LABELS, Training, pictures, run
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import (
-    ResNetConfig,
-    ResNetForImageClassification,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-
-BATCH = 16
-
-
-class Pictures(Dataset[dict[str, Tensor]]):
-    """Items as the model's arguments name them."""
-
-    def __init__(self, count: int) -> None:
-        self.pixels, self.labels = pictures(count)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
-
-
-class Losses(TrainerCallback):
-    """Keeps what Trainer logs."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by Trainer."""
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+from patched_training import BATCH, LABELS, pictures, run
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 
 def train(steps: int) -> list[float]:
@@ -64,7 +24,8 @@ def train(steps: int) -> list[float]:
         num_labels=LABELS,
         problem_type="multi_label_classification",
     )
-    losses = Losses()
+    images, labels = pictures(BATCH * 8)
+    data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -78,15 +39,10 @@ def train(steps: int) -> list[float]:
             disable_tqdm=True,
             seed=0,
         )
-        model = ResNetForImageClassification(config)
-        Trainer(model, arguments, train_dataset=Pictures(BATCH * 8), callbacks=[losses]).train()
-    return losses.losses
-
-
-def main(arguments: list[str] | None = None) -> tuple[Training, Training]:
-    """Train with torch's loss and with the fused one."""
-    return run(train, arguments, (__doc__ or "").split("\n")[0])
+        trainer = Trainer(ResNetForImageClassification(config), arguments, train_dataset=data)
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(train, __doc__)

@@ -8,26 +8,11 @@ For a loss of one's own, with Keras's reductions and saving, see recipes/keras_l
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ["KERAS_BACKEND"] = "torch"  # read once, when Keras is first imported
 
 import keras
-from patched_training import LABELS, Training, pictures, run
-
-BATCH = 16
-
-
-class Losses(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
-    """Keeps the loss of each batch; Keras's own figure is the mean of the epoch so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.losses: list[float] = []
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Called by Keras, here after each batch, as an epoch has one."""
-        self.losses.append(float(logs["loss"]))
+from patched_training import BATCH, LABELS, pictures, run
 
 
 def train(steps: int) -> list[float]:
@@ -43,15 +28,11 @@ def train(steps: int) -> list[float]:
     )
     model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=keras.losses.BinaryCrossentropy(from_logits=True))
     images, labels = pictures(BATCH)
-    losses = Losses()
-    model.fit(images, labels, batch_size=BATCH, epochs=steps, shuffle=False, verbose=0, callbacks=[losses])
-    return losses.losses
-
-
-def main(arguments: list[str] | None = None) -> tuple[Training, Training]:
-    """Train with torch's loss and with the fused one."""
-    return run(train, arguments, (__doc__ or "").split("\n")[0])
+    # Keras's figure is the mean of an epoch, which has one batch here.
+    history = model.fit(images, labels, batch_size=BATCH, epochs=steps, shuffle=False, verbose=0)
+    losses: list[float] = history.history["loss"]
+    return losses
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(train, __doc__)

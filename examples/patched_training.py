@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import digit_canvases
@@ -18,13 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 import fused_sce
 
 LABELS = len(digit_canvases.LABELS)
+BATCH = 16
 SIZE = 32  # pixels: the least that a ResNet, which divides by 32, leaves something of
 # Trained in float64: in float32 batch normalisation and the optimizer amplify the different rounding of the losses
 # until after some ten steps nothing is alike.
 TOLERANCE = 1e-6
-
-TORCH_OPS = ("aten::binary_cross_entropy_with_logits", "aten::log_sigmoid")
-FUSED_OPS = ("fused_sce::",)
+LOSS_OPS = ("aten::binary_cross_entropy_with_logits", "aten::log_sigmoid", "fused_sce::")
 
 Train = Callable[[int], list[float]]
 
@@ -42,8 +41,8 @@ def pictures(count: int) -> tuple[Tensor, Tensor]:
     data = digit_canvases.DigitCanvases(train=True, count=count, image_size=SIZE, seed=0)
     items = [data[index] for index in range(count)]
     dtype = torch.get_default_dtype()
-    grey = torch.stack([picture for picture, _, _ in items]).to(dtype) / 255
-    return grey.expand(-1, 3, -1, -1).contiguous(), torch.stack([labels for _, labels, _ in items]).to(dtype)
+    grey = torch.stack([item[0] for item in items]).to(dtype) / 255
+    return grey.expand(-1, 3, -1, -1).contiguous(), torch.stack([item[1] for item in items]).to(dtype)
 
 
 def record(train: Train, steps: int, patched: bool) -> Training:
@@ -57,27 +56,27 @@ def record(train: Train, steps: int, patched: bool) -> Training:
             losses = train(steps)
     finally:
         torch.set_default_dtype(default)
-    calls = {event.key: event.count for event in seen.key_averages() if event.key.startswith((*TORCH_OPS, *FUSED_OPS))}
-    return Training(losses, calls)
+    return Training(losses, {event.key: event.count for event in seen.key_averages() if event.key.startswith(LOSS_OPS)})
 
 
-def run(train: Train, arguments: list[str] | None, title: str) -> tuple[Training, Training]:
+def run(train: Train, title: str | None, argv: Sequence[str] | None = None) -> tuple[Training, Training]:
     """Train twice, print both, and return torch's and the fused training.
 
     Raises:
-        SystemExit: Losses differ by more than TOLERANCE.
+        SystemExit: The losses differ by more than TOLERANCE.
     """
-    parser = argparse.ArgumentParser(description=title)
+    parser = argparse.ArgumentParser(description=title, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-    plain, fused = record(train, options.steps, patched=False), record(train, options.steps, patched=True)
+    steps = parser.parse_args(argv).steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1, got {steps}")
+    plain, fused = record(train, steps, patched=False), record(train, steps, patched=True)
     print(f"{'step':>6}{'torch':>12}{'fused_sce':>12}")
-    for step, (one, other) in enumerate(zip(plain.losses, fused.losses, strict=True)):
+    pairs = list(zip(plain.losses, fused.losses, strict=True))
+    for step, (one, other) in enumerate(pairs):
         print(f"{step:6}{one:12.6f}{other:12.6f}")
     print(f"torch's training called {plain.calls}\npatched training called {fused.calls}")
-    worst = max(abs(one - other) for one, other in zip(plain.losses, fused.losses, strict=True))
+    worst = max(abs(one - other) for one, other in pairs)
     if worst > TOLERANCE:
         raise SystemExit(f"losses differ by {worst:.2g}, more than {TOLERANCE:g}")
     return plain, fused

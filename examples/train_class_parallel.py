@@ -32,30 +32,23 @@ LEARNING_RATE = 1.0
 TOLERANCE = 1e-4
 
 
-def whole_number(text: str) -> int:
-    """Parse an option's value that must be a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train_class_parallel.py"
-    )
-    parser.add_argument("--labels", type=whole_number, default=5000, help="default: %(default)s")
-    parser.add_argument("--features", type=whole_number, default=128, help="inputs of the head; default: %(default)s")
-    parser.add_argument("--batch", type=whole_number, default=256, help="samples of a step; default: %(default)s")
-    parser.add_argument("--steps", type=whole_number, default=20, help="default: %(default)s")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], prog="train_class_parallel.py")
+    for name, default, what in (
+        ("labels", 5000, "outputs of the head"),
+        ("features", 128, "inputs of the head"),
+        ("batch", 256, "samples of a step"),
+        ("steps", 20, "steps"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what}; default: {default}")
     return parser
 
 
 def batches(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, the same in every process: one in six labels is set, where a hidden linear model says so.
+    """Features (B, F), float32, and targets (B, L), bool, of each step, the same in every process.
 
-    Yields:
-        Features (B, F), float32, and targets (B, L), bool.
+    One label in six is set, where a hidden linear model says so.
     """
     generator = torch.Generator().manual_seed(SEED)
     hidden = torch.randn(options.features, options.labels, generator=generator) / options.features**0.5
@@ -75,72 +68,50 @@ def train(
     options: argparse.Namespace,
     device: torch.device,
     place: Callable[[Tensor], Tensor] = lambda targets: targets,
-    report: Callable[[int, float], None] = lambda step, loss: None,
-) -> list[float]:
-    """Train a head, whole or sharded; the loop does not care which.
-
-    Args:
-        head: from features (B, F) to logits (B, L).
-        options: the command line's.
-        device: where the head is.
-        place: gives targets (B, L) the logits' placement.
-        report: called after each step with its number and loss.
-
-    Returns:
-        The loss of each step.
-    """
+) -> Iterator[float]:
+    """Train a head, whole or sharded, and yield the loss of each step; `place` gives targets the logits' placement."""
     criterion = fused_sce.BCEWithLogitsLoss()
     optimizer = torch.optim.SGD(head.parameters(), lr=LEARNING_RATE * options.labels)
-    losses = []
-    for step, (features, targets) in enumerate(batches(options, device), start=1):
+    for features, targets in batches(options, device):
         optimizer.zero_grad()
         loss = criterion(head(features), place(targets))
         loss.backward()
         optimizer.step()
         # Of a sharded loss each process has its labels' share; item() would return that.
-        whole = loss.full_tensor() if isinstance(loss, DTensor) else loss
-        losses.append(whole.item())
-        report(step, losses[-1])
-    return losses
-
-
-def largest_difference(ours: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return ((ours - expected).abs().max() / expected.abs().max()).item()
+        yield (loss.full_tensor() if isinstance(loss, DTensor) else loss).item()
 
 
 def run(options: argparse.Namespace, device: torch.device) -> bool:
     """Train the sharded head, then compare in the first process; True if that found no difference."""
-    first = dist.get_rank() == 0
-
-    def say(text: str) -> None:
-        if first:
-            print(text, flush=True)
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    first, processes = dist.get_rank() == 0, dist.get_world_size()
+    mesh = init_device_mesh(device.type, (processes,))
     head = make_head(options, device)
     # use_local_output=False: the logits stay a DTensor, by which the loss knows that it sees a part of the labels.
     parallelize_module(head, mesh, ColwiseParallel(output_layouts=Shard(-1), use_local_output=False))
     assert isinstance(head.weight, DTensor)
-    say(
-        f"{options.labels} labels on {dist.get_world_size()} processes ({device.type}), "
-        f"{head.weight.to_local().shape[0]} on the first"
-    )
+    if first:
+        own = head.weight.to_local().shape[0]
+        print(f"{options.labels} labels on {processes} processes ({device.type}), {own} on the first", flush=True)
 
     def place(targets: Tensor) -> Tensor:
         # Every process has them all (src_data_rank=None: nothing is sent) and keeps those of its labels.
         return distribute_tensor(targets, mesh, [Shard(-1)], src_data_rank=None)
 
-    losses = train(head, options, device, place, lambda step, loss: say(f"step {step:3d}  loss {loss:.6f}"))
+    losses = []
+    for step, loss in enumerate(train(head, options, device, place), start=1):
+        losses.append(loss)
+        if first:
+            print(f"step {step:3d}  loss {loss:.6f}", flush=True)
 
-    weight = head.weight.full_tensor()  # all processes take part
+    weight = head.weight.full_tensor().detach()  # all processes take part
     if not first:
         return True
     alone = make_head(options, device)
-    by_loss = largest_difference(torch.tensor(losses), torch.tensor(train(alone, options, device)))
-    by_weight = largest_difference(weight.detach(), alone.weight.detach())
-    same = by_loss <= TOLERANCE and by_weight <= TOLERANCE
-    say(
+    expected = torch.tensor(list(train(alone, options, device)))
+    by_loss = ((torch.tensor(losses) - expected).abs().max() / expected.abs().max()).item()
+    by_weight = ((weight - alone.weight).abs().max() / alone.weight.abs().max()).item()
+    same = max(by_loss, by_weight) <= TOLERANCE
+    print(
         f"the same training in one process: {'the same' if same else 'NOT THE SAME'} result, largest relative "
         f"difference of a loss {by_loss:.1e}, of a weight {by_weight:.1e}"
     )
@@ -148,16 +119,12 @@ def run(options: argparse.Namespace, device: torch.device) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Args:
-        arguments: the command line without the program's name; default `sys.argv`'s.
-
-    Returns:
-        The exit status: 0, or 1 if training in one process gave another result.
-    """
+    """Run with these arguments, by default `sys.argv`'s; the exit status is 1 if one process gave another result."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if value < 1:
+            parser.error(f"argument --{name}: must be a whole number of at least 1, got '{value}'")
     if "LOCAL_RANK" not in os.environ:
         parser.error(
             "it runs in several processes, which torchrun starts: "
@@ -167,9 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.labels < processes:
         parser.error(f"--labels {options.labels} leaves some of the {processes} processes without a label")
 
-    local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:

@@ -104,7 +104,7 @@ def test_class_parallel_example() -> None:
     [
         ([], "torchrun --nproc-per-node 2"),
         (["--steps", "0"], "argument --steps: must be a whole number of at least 1, got '0'"),
-        (["--labels", "many"], "argument --labels: must be a whole number of at least 1, got 'many'"),
+        (["--labels", "many"], "argument --labels: invalid int value: 'many'"),
     ],
 )
 def test_class_parallel_example_explains_errors(

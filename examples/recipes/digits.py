@@ -1,11 +1,9 @@
 """Scanned handwritten digits, the data of every recipe: real pictures, nothing to download.
 
-scikit-learn ships 1,797 scans, 8x8 grey pixels each (`sklearn.datasets.load_digits`). From them
-come three kinds of targets:
+scikit-learn ships 1,797 scans, 8x8 grey pixels each (`sklearn.datasets.load_digits`). Three kinds of targets:
 
 * the digit itself, one class out of ten that exclude one another: a softmax problem;
-* attributes of the digit (even, prime, ...), any number of which hold at once: one logistic output
-  for each;
+* attributes of the digit (even, prime, ...), any number of which hold at once: one logistic output for each;
 * pictures of two digits side by side, labelled with the digits they show: logistic outputs too.
 """
 
@@ -21,29 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ATTRIBUTES = ("even", "prime", "above four", "closed loop")
-# Row d: the attributes of digit d. The 1 has none of them, which no softmax could express.
-_ATTRIBUTES_OF = torch.tensor(
-    [
-        [True, False, False, True],
-        [False, False, False, False],
-        [True, True, False, False],
-        [False, True, False, False],
-        [True, False, False, False],
-        [False, True, True, False],
-        [True, False, True, True],
-        [False, True, True, False],
-        [True, False, True, True],
-        [False, False, True, True],
-    ]
-)
-
+# A ResNet divides the side by 32: the smallest picture whose last feature map is not empty, and the cheapest.
+IMAGE_SIZE = 32
 # ImageNet's statistics, which torchvision's pretrained weights expect; harmless to other weights.
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
-# A ResNet divides the side by 32: the smallest picture whose last feature map is not empty, and
-# the cheapest to train on.
-IMAGE_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -68,35 +48,29 @@ def load_scans(seed: int = 0) -> tuple[Scans, Scans]:
     return Scans(grey[train], digits[train]), Scans(grey[test], digits[test])
 
 
-def images(grey: Tensor, size: int = IMAGE_SIZE) -> Tensor:
-    """Grey pictures (N, height, width) as a ResNet reads them: (N, 3, size, size) float32."""
-    enlarged = F.interpolate(grey.unsqueeze(1), size=(size, size), mode="bilinear")
+def images(grey: Tensor) -> Tensor:
+    """Grey pictures (N, height, width) as a ResNet reads them: (N, 3, IMAGE_SIZE, IMAGE_SIZE) float32."""
+    enlarged = F.interpolate(grey.unsqueeze(1), size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
     return (enlarged - _MEAN) / _STD
 
 
 def attributes(digits: Tensor) -> Tensor:
-    """Which of `ATTRIBUTES` hold for each digit: (N,) int64 -> (N, 4) bool."""
-    return _ATTRIBUTES_OF.to(digits.device)[digits]
+    """Which of `ATTRIBUTES` hold: (N,) int64 -> (N, 4) bool. The 1 has none, which no softmax could express."""
+    prime = torch.isin(digits, digits.new_tensor([2, 3, 5, 7]))
+    loop = torch.isin(digits, digits.new_tensor([0, 6, 8, 9]))
+    return torch.stack([digits % 2 == 0, prime, digits > 4, loop], dim=1)
 
 
 def shown(digits: Tensor, classes: Sequence[int]) -> Tensor:
     """Which of `classes` a picture shows: its digits (N, k) int64 -> (N, len(classes)) bool."""
-    return (digits.unsqueeze(-1) == torch.tensor(classes, device=digits.device)).any(dim=1)
+    return (digits.unsqueeze(-1) == torch.tensor(classes)).any(dim=1)
 
 
 def pairs(scans: Scans, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` pictures of two random scans side by side, each at a random height.
+    """`count` pictures of two random scans side by side, which may show the same digit.
 
-    Returns the grey pictures, (count, 16, 16) float32, and their two digits, (count, 2) int64. The
-    two digits may be the same.
+    Returns the grey pictures, (count, 16, 16) float32, and their digits, (count, 2) int64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(scans.digits), (count, 2), generator=generator)
-    tops = torch.randint(9, (count, 2), generator=generator)
-    canvas = torch.zeros(count, 16, 16)
-    picture = torch.arange(count).view(-1, 1, 1)
-    for side in range(2):
-        rows = tops[:, side].view(-1, 1, 1) + torch.arange(8).view(1, -1, 1)
-        columns = 8 * side + torch.arange(8).view(1, 1, -1)
-        canvas[picture, rows, columns] = scans.grey[chosen[:, side]]
-    return canvas, scans.digits[chosen]
+    chosen = torch.randint(len(scans.digits), (count, 2), generator=torch.Generator().manual_seed(seed))
+    left, right = scans.grey[chosen].unbind(dim=1)
+    return F.pad(torch.cat([left, right], dim=2), (0, 0, 4, 4)), scans.digits[chosen]

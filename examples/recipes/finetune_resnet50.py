@@ -2,35 +2,23 @@
 
     python examples/recipes/finetune_resnet50.py
 
-The class: every layer but the last as `features`, a new `classifier` behind it, the features frozen
-or not. Where does the sigmoid go, into `forward` or at a higher level? During training, nowhere: the
-model returns logits, and `fused_sce.MultiLabelSoftMarginLoss` computes
+The class: every layer but the last as `features`, a new `classifier` behind it, the features frozen or not. Where does
+the sigmoid go, into `forward` or at a higher level? During training, nowhere: the model returns logits, and
+`fused_sce.MultiLabelSoftMarginLoss` computes max(x, 0) - x t + log1p(exp(-|x|)), correct for every float. A sigmoid in
+`forward` rounds to exactly 1 from a logit of 17 on (float32): the gradient is 0 however wrong the answer was. torch's
+own BCEWithLogitsLoss still loses that of labels that are right. `predict_proba` applies the sigmoid for people.
 
-    loss(x, t) = max(x, 0) - x t + log1p(exp(-|x|))
-
-in one pass, correct for every float. A sigmoid in `forward` rounds to exactly 1 from a logit of 17
-on (float32), and what the loss needed to know is gone: the gradient is 0 however wrong the answer
-was. `predict_proba` applies the sigmoid for people.
-
-When the question was first asked, torch's MultiLabelSoftMarginLoss was computed that way. It has
-since become stable, though it still takes some twenty passes over memory instead of one, and
-BCEWithLogitsLoss still loses the gradient of every label that is right beyond a logit of 17.
-
-The program prints how many gradients each way of writing the loss loses and its time, lets each
-unlearn a confident mistake, then fine-tunes the whole model on four attributes of digits, and at
-last freezes those features and trains a new classifier on them for the ten digits.
+The program prints how many gradients each way of writing the loss loses, lets each unlearn a confident mistake,
+fine-tunes the whole model on four attributes of digits, then freezes it and trains a new classifier for ten digits.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import digits
 import torch
-from recipe_tools import LEARNING_RATE, ends, fit, in_chunks, resnet_options
+from recipe_tools import LEARNING_RATE, backbone, fit, predict, progress, resnet_options
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,43 +31,32 @@ CLASSIFIER_LEARNING_RATE = 3e-3
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 with a new classifier: images (N, 3, height, width) -> logits (N, num_classes).
+    """ResNet-50 with a new classifier: images (N, 3, height, width) float32 -> logits (N, num_classes).
 
-    Against `fused_sce.replace_head` on torchvision's model this renames the parameters
-    ("features.0.weight" for "conv1.weight"), but has the features at hand as a module.
+    `fused_sce.replace_head` on torchvision's model would keep the names of its parameters; this one has the features at
+    hand as a module. `weights` are torchvision's, by name, or None.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        freeze: bool = False,
-        weights: models.ResNet50_Weights | None = None,
-    ) -> None:
+    def __init__(self, num_classes: int, *, freeze: bool = False, weights: str | None = None) -> None:
         super().__init__()
-        # Without pretrained weights, every residual block starts as the identity (Goyal et al.,
-        # 2017): 30 steps on digits then take the loss to a third, against two thirds otherwise.
-        original = models.resnet50(weights=weights, zero_init_residual=True)
-        self.features = nn.Sequential(*list(original.children())[:-1])
-        self.num_features: int = original.fc.in_features
+        # Every residual block starts as the identity (Goyal et al., 2017): without pretrained weights it learns faster.
+        self.features = backbone(models.resnet50(weights=weights, zero_init_residual=True))
         self.new_classifier(num_classes)
         self.freeze(freeze)
 
     def new_classifier(self, num_classes: int) -> None:
         """Put a fresh classifier, kaiming_normal_ weights and zero bias, on the features."""
         device = next(self.features.parameters()).device
-        self.classifier = fused_sce.MultiLabelHead(self.num_features, num_classes, init="kaiming_normal").to(device)
+        self.classifier = fused_sce.MultiLabelHead(2048, num_classes, init="kaiming_normal").to(device)
 
     def freeze(self, frozen: bool = True) -> None:
         """Train the classifier alone, or everything again.
 
-        Batch normalisation changes in two ways while it trains: by its gradient, which
-        `requires_grad` stops, and by its running statistics, which it does not: every forward pass
-        in training mode moves them. Frozen features therefore stay in evaluation mode, see `train`.
+        Every forward pass in training mode moves batch normalisation's running statistics, whatever `requires_grad`
+        says. Frozen features therefore stay in evaluation mode, see `train`.
         """
         self.frozen = frozen
-        for parameter in self.features.parameters():
-            parameter.requires_grad_(not frozen)
+        self.features.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ResNet50:
@@ -89,187 +66,85 @@ class ResNet50(nn.Module):
             self.features.eval()
         return self
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """Features (N, 2048) float32 for images (N, 3, height, width) float32."""
-        return torch.flatten(self.features(images), start_dim=1)
-
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, num_classes) for images (N, 3, height, width) float32."""
-        logits: Tensor = self.classifier(self.pooled(images))
+        """Logits (N, num_classes)."""
+        logits: Tensor = self.classifier(self.features(images))
         return logits
 
     def predict_proba(self, images: Tensor) -> Tensor:
         """Probabilities (N, num_classes), each by itself."""
-        probabilities: Tensor = self.classifier.predict_proba(self.pooled(images))
+        probabilities: Tensor = self.classifier.predict_proba(self.features(images))
         return probabilities
 
 
-def _naive(logits: Tensor, targets: Tensor, *, reduction: str) -> Tensor:
-    return F.binary_cross_entropy(torch.sigmoid(logits), targets, reduction=reduction)
-
-
-# Each takes logits and float targets (N, C) and a reduction.
-Loss = Callable[..., Tensor]
+Loss = Callable[..., Tensor]  # takes logits and float targets (N, C) and a reduction
 LOSSES: dict[str, Loss] = {
-    "sigmoid, then BCELoss": _naive,
+    "sigmoid, then BCELoss": lambda x, t, reduction: F.binary_cross_entropy(x.sigmoid(), t, reduction=reduction),
     "torch BCEWithLogitsLoss": F.binary_cross_entropy_with_logits,
     "torch MultiLabelSoftMarginLoss": F.multilabel_soft_margin_loss,
     "fused MultiLabelSoftMarginLoss": fused_sce.functional.multilabel_soft_margin_loss,
 }
 
 
-@dataclass(frozen=True)
-class Lost:
-    """Of `count` logits: how many gradients came out as 0, and how many losses were wrong."""
+def lost(loss_function: Loss, count: int = 20_001) -> tuple[int, int]:
+    """How many gradients are 0 and how many losses wrong, for `count` float32 logits and targets of 0, then of 1.
 
-    count: int
-    gradients: int
-    losses: int
-
-
-def lost(loss_function: Loss, *, limit: float = 80.0, count: int = 20_001) -> Lost:
-    """Sweep `count` logits from -limit to limit, with target 0 and with target 1, in float32.
-
-    No exact gradient in this range is 0, as the smallest is exp(-80), about 2e-35. A loss counts as
-    wrong from a relative error of 1 % on; the same formula in float64 tells the right value.
+    The logits go from -80 to 80: no exact gradient there is 0, the smallest is exp(-80), about 2e-35. A loss is wrong
+    if it is off by more than 1 %; float64 tells the right value.
     """
-    zero_gradients, wrong_losses = 0, 0
-    # A column: the loss of a row is then the loss of one logit, for every one of the functions.
-    logits = torch.linspace(-limit, limit, count).unsqueeze(1).requires_grad_()
-    for target in (0.0, 1.0):
-        losses = loss_function(logits, torch.full_like(logits, target), reduction="none")
-        (gradient,) = torch.autograd.grad(losses.sum(), logits)
-        zero_gradients += int((gradient == 0).sum())
-
-        x = logits.detach().double().flatten()
-        exact = x.clamp(min=0) - x * target + torch.log1p(torch.exp(-x.abs()))
-        error = (losses.detach().double().flatten() - exact).abs()
-        wrong_losses += int((error > 0.01 * exact).sum())
-    return Lost(2 * count, zero_gradients, wrong_losses)
+    # Columns: the loss of a row is then the loss of one logit, for every one of the functions.
+    logits = torch.linspace(-80, 80, count).repeat(2).unsqueeze(1).requires_grad_()
+    targets = torch.tensor([0.0, 1.0]).repeat_interleave(count).unsqueeze(1)
+    losses = loss_function(logits, targets, reduction="none").view_as(logits)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    exact = -F.logsigmoid((2 * targets - 1) * logits.detach().double())
+    wrong = (losses.detach() - exact).abs() > 0.01 * exact
+    return int((gradient == 0).sum()), int(wrong.sum())
 
 
-def unlearn(loss_function: Loss, *, start: float = 20.0, most: int = 100) -> tuple[int, float]:
-    """Gradient steps of size 1 on one logit, at `start`, whose target is 0: a confident mistake.
-
-    Returns the number of steps until the logit is negative (at most `most`), and where it ended.
-    """
-    logit = torch.full((1, 1), start, requires_grad=True)
-    optimizer = torch.optim.SGD([logit], lr=1.0)
+def unlearn(loss_function: Loss, most: int = 100) -> int | None:
+    """How many gradient steps of size 1 turn a logit of 20, a confident mistake, negative; None if `most` do not."""
+    logit = torch.full((1, 1), 20.0, requires_grad=True)
     for step in range(most):
-        if logit.item() < 0:
-            return step, logit.item()
-        optimizer.zero_grad()
-        loss_function(logit, torch.zeros(1, 1), reduction="mean").backward()
-        optimizer.step()
-    return most, logit.item()
+        if logit < 0:
+            return step
+        (gradient,) = torch.autograd.grad(loss_function(logit, torch.zeros(1, 1), reduction="mean"), logit)
+        logit = (logit - gradient).detach().requires_grad_()
+    return None
 
 
-def milliseconds(loss_functions: Sequence[Loss], device: str, repeats: int = 20) -> list[float]:
-    """Median time of forward and backward on 256 x 1000 logits, the functions taking turns."""
-    logits = torch.randn(256, 1000, device=device, requires_grad=True)
-    targets = (torch.rand(256, 1000, device=device) < 0.1).float()
-    times: list[list[float]] = [[] for _ in loss_functions]
-    for _ in range(repeats):
-        for loss_function, taken in zip(loss_functions, times, strict=True):
-            start = time.perf_counter()
-            loss = loss_function(logits, targets, reduction="mean")
-            float(torch.autograd.grad(loss, logits)[0][0, 0])  # waits for the device
-            taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
-
-
-@dataclass(frozen=True)
-class Training:
-    """`losses` per step, mean average precision on tests (1 is best), seconds for a step.
-
-    Precision over all thresholds, not the share of right labels: where nine labels of ten are 0,
-    answering 0 to everything is 90 % right.
-    """
-
-    losses: list[float]
-    average_precision: float
-    seconds_per_step: float
-
-
-def train_and_test(
-    model: ResNet50,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    *,
-    steps: int,
-    seed: int,
-    device: str,
-    learning_rate: float = LEARNING_RATE,
-) -> Training:
-    """Train what is not frozen on images (N, 3, size, size) and targets (N, num_classes) bool."""
-    start = time.perf_counter()
-    losses = fit(
-        model,
-        fused_sce.MultiLabelSoftMarginLoss(),
-        *train,
-        steps=steps,
-        seed=seed,
-        learning_rate=learning_rate,
-    )
-    seconds = (time.perf_counter() - start) / max(1, steps)
-    model.eval()
-    scores = in_chunks(model.predict_proba, test[0], device)
-    precision = average_precision_score(test[1].numpy(), scores.numpy(), average="macro")
-    return Training(losses, float(precision), seconds)
-
-
-def main(argv: Sequence[str] | None = None) -> tuple[Training, Training]:
-    """Run the recipe; returns both trainings, of everything and of a classifier alone."""
+def main(argv: Sequence[str] | None = None) -> list[tuple[list[float], float]]:
+    """Run the recipe; returns the losses and the average precision on tests of both trainings."""
     options = resnet_options(__doc__, argv, steps=30)
 
-    print("float32 logits from -80 to 80 with targets 0 and 1; a mistake at logit 20; 256 x 1000:")
-    times = milliseconds(list(LOSSES.values()), options.device)
-    for (name, loss_function), taken in zip(LOSSES.items(), times, strict=True):
-        result = lost(loss_function)
-        steps, end = unlearn(loss_function)
-        print(
-            f"  {name:30} {result.gradients:5} gradients of {result.count} are 0, "
-            f"{result.losses:5} losses wrong; "
-            + (f"unlearnt in {steps} steps" if end < 0 else f"still {end:.0f} after {steps} steps")
-            + f"; {taken:.2f} ms"
-        )
+    print("Logits from -80 to 80 with targets 0 and 1, 40002 in all; a mistake at a logit of 20:")
+    for name, loss_function in LOSSES.items():
+        gradients, losses = lost(loss_function)
+        steps = unlearn(loss_function)
+        mistake = f"unlearnt in {steps} steps" if steps else "still there after 100 steps"
+        print(f"  {name:30} {gradients:5} gradients are 0, {losses:5} losses wrong; {mistake}")
 
-    scans, test_scans = digits.load_scans(options.seed)
-    images, test_images = digits.images(scans.grey), digits.images(test_scans.grey)
-    weights = models.ResNet50_Weights.DEFAULT if options.pretrained else None
-    model = ResNet50(len(digits.ATTRIBUTES), weights=weights).to(options.device)
+    train, test = digits.load_scans(options.seed)
+    images, test_images = digits.images(train.grey), digits.images(test.grey)
+    model = ResNet50(len(digits.ATTRIBUTES), weights=options.weights).to(options.device)
+    criterion = fused_sce.MultiLabelSoftMarginLoss()
+    results = []
 
-    def report(what: str, training: Training) -> None:
-        first, last = ends(training.losses)
-        print(
-            f"  {what:43} loss {first:.3f} -> {last:.3f}, average precision on tests "
-            f"{training.average_precision:.3f}, {training.seconds_per_step:.2f} s a step"
-        )
+    def train_and_test(what: str, targets: Callable[[Tensor], Tensor], rate: float) -> None:
+        losses = fit(model, criterion, images, targets(train.digits), steps=options.steps, learning_rate=rate)
+        # Over all thresholds, not the share of right labels: where nine of ten are 0, answering 0 is 90 % right.
+        precision = float(average_precision_score(targets(test.digits), predict(model, test_images)))
+        results.append((losses, precision))
+        print(f"  {what:43} {progress(losses)}, average precision on tests {precision:.3f}")
 
     print("\nTraining:")
-    everything = train_and_test(
-        model,
-        (images, digits.attributes(scans.digits)),
-        (test_images, digits.attributes(test_scans.digits)),
-        steps=options.steps,
-        seed=options.seed,
-        device=options.device,
-    )
-    report("everything, four attributes", everything)
-
+    train_and_test("everything, four attributes", digits.attributes, LEARNING_RATE)
     model.new_classifier(10)
     model.freeze()
-    classifier = train_and_test(
-        model,
-        (images, digits.shown(scans.digits.unsqueeze(1), range(10))),
-        (test_images, digits.shown(test_scans.digits.unsqueeze(1), range(10))),
-        steps=options.steps,
-        seed=options.seed,
-        device=options.device,
-        learning_rate=CLASSIFIER_LEARNING_RATE,
+    train_and_test(
+        "features frozen, new classifier, ten digits", lambda digit: F.one_hot(digit, 10), CLASSIFIER_LEARNING_RATE
     )
-    report("features frozen, new classifier, ten digits", classifier)
-    return everything, classifier
+    return results
 
 
 if __name__ == "__main__":
