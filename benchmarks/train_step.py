@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,36 +22,45 @@ from measure import environment, in_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import train_multilabel_resnet as example
+from classifier import LOSSES, WEIGHT_DECAY, Classifier
 
 LABELS = (10, 9605)  # the example's, and OpenImages' trainable ones
+NAMES = ("fused", "naive", "torch")
 POSITIVE = 0.05  # share of the targets that are 1
 
 
 def candidates(label_count: int) -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:
-    """The example's training step with each of its losses, and each loss with its gradient alone."""
+    """The example's training step with each of its plain losses, and each loss with its gradient alone."""
     options = example.make_parser().parse_args([])
     example.complete_options(options)
-    data = replace(example.load_canvases(options), labels=tuple(f"label {n}" for n in range(label_count)))
-    pictures = torch.stack([data.train[n][0] for n in range(options.batch_size)])
+    data = example.load_canvases(options)
+    labels = [f"label {n}" for n in range(label_count)]
+    pictures = torch.stack([data.parts["train"][n][0] for n in range(options.batch_size)])
     shape = (options.batch_size, label_count)
-    targets, known = (torch.rand(shape) < POSITIVE).float(), torch.ones(shape)
+    targets = (torch.rand(shape) < POSITIVE).to(torch.int8)
 
     def step_of(name: str) -> Callable[[], object]:
         options.loss = name
-        run = example.Run(options, data, torch.device("cpu"))
-        run.model.train()
-        return lambda: run.train_step(pictures, targets, known)
+        module = Classifier(example.configuration_of(options, data, None), labels, data.white)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=options.learning_rate, weight_decay=WEIGHT_DECAY)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            module.training_step((pictures, targets), 0).backward()
+            optimizer.step()
+
+        return step
 
     def loss_of(name: str) -> Callable[[], object]:
         logits = torch.randn(shape, requires_grad=True)
 
         def call() -> None:
             logits.grad = None
-            example.LOSSES[name](logits, targets, known).backward()
+            LOSSES[name](logits, targets, pos_weight=None).backward()
 
         return call
 
-    return {name: step_of(name) for name in example.LOSSES}, {name: loss_of(name) for name in example.LOSSES}
+    return {name: step_of(name) for name in NAMES}, {name: loss_of(name) for name in NAMES}
 
 
 def main(arguments: list[str] | None = None) -> int:

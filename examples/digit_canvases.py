@@ -1,18 +1,12 @@
 """Canvases of scanned handwritten digits: multi-label pictures, real ones, with no download.
 
-scikit-learn ships 1,797 scans of handwritten digits, 8x8 grey pixels each (`load_digits`). A canvas
-shows one to four of them, each enlarged and put at a random place; its labels say which of the ten
-digits are present.
-
-The scans are split into a train and a test part *before* any canvas is composed, so that no test
-canvas shows a scan that training has seen. A canvas is a function of (seed, part, epoch, index) and
-of nothing else: composed again at any time, in any order, in any process, it comes out the same to
-the bit. That lets training see new canvases in every epoch and still be resumed exactly.
+A canvas shows one to four of the 1,797 scans that scikit-learn ships (`load_digits`, 8x8 grey pixels), each enlarged
+and put at a random place; its labels say which of the ten digits are there. The scans are split into a train and a test
+part first, so that no test canvas shows a scan that training has seen. A canvas is a function of (seed, part, epoch,
+index) alone: training sees new canvases in every epoch and can still be resumed exactly.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,70 +18,64 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 LABELS = tuple(str(digit) for digit in range(10))
-
-# A quarter of the scans of each digit, 450 in all, is kept for the test canvases.
-TEST_FRACTION = 0.25
+TEST_FRACTION = 0.25  # of the scans of each digit: 450 in all
 MAX_DIGITS = 4
 # Sides of an enlarged digit as fractions of the canvas's side: 16 to 20 of 48 pixels. Four of them
 # cover 44 to 69 % of the canvas: they fit, though not without touching.
 SMALLEST_DIGIT, LARGEST_DIGIT = 1 / 3, 5 / 12
-# Below this a digit would be drawn smaller than its scan's own 8 pixels.
-SMALLEST_CANVAS = 24
-# Share of a digit's square that may lie in another's. A digit leaves the rim of its square empty:
-# at this value strokes touch, but no digit hides another.
+SMALLEST_CANVAS = 24  # below, a digit would be drawn smaller than its scan
+# Share of a digit's square that may lie in another's: strokes touch, but no digit hides another.
 MAX_OVERLAP = 0.15
 # Places drawn for each digit. The first that respects MAX_OVERLAP is taken, else (one canvas
 # in twenty) the one that overlaps least, which was never by more than 0.38.
 PLACES_TRIED = 64
 
-# First words of the random streams: a train canvas and a test canvas never share one.
-_TRAIN_STREAM, _TEST_STREAM = 0, 1
 
+class DigitCanvases(Dataset[tuple[Tensor, Tensor]]):
+    """`count` canvases of one part of the scans, whose indices in `load_digits` are `scans`.
 
-@dataclass(frozen=True)
-class Scans:
-    """N scanned digits.
+    An item is the picture, (1, image_size, image_size) uint8, 0 paper and 255 ink, and its targets, (10,) int8, 0 or 1.
+    Train canvases are new in every epoch (`set_epoch`); test canvases are always the same.
 
-    `pictures` (N, 8, 8) uint8, 0 is paper and 255 is ink; `digits` (N,) int64, what they show;
-    `ids` (N,) int64, where `load_digits` has them, by which two parts can be told to share none.
+    Raises:
+        ValueError: `image_size` is below SMALLEST_CANVAS.
     """
 
-    pictures: npt.NDArray[np.uint8]
-    digits: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.int64]
+    def __init__(self, *, train: bool, count: int, image_size: int, seed: int) -> None:
+        if image_size < SMALLEST_CANVAS:
+            raise ValueError(f"a canvas needs a side of at least {SMALLEST_CANVAS} pixels, got {image_size}")
+        digits = load_digits()
+        parts = train_test_split(
+            np.arange(len(digits.target)), test_size=TEST_FRACTION, stratify=digits.target, random_state=seed
+        )
+        self.scans: npt.NDArray[np.int64] = parts[0 if train else 1]
+        self.pictures = np.round(digits.images[self.scans] * (255 / 16)).astype(np.uint8)  # scans hold 0 to 16
+        self.digits = digits.target[self.scans]
+        self._train, self._count, self._image_size, self._seed = train, count, image_size, seed
+        self._epoch = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        """Make the train canvases those of `epoch`; the test canvases stay."""
+        self._epoch = epoch if self._train else 0
 
-def split_scans(seed: int) -> tuple[Scans, Scans]:
-    """The scans for train and test canvases: disjoint, each digit with the same share in both."""
-    bunch = load_digits()
-    # The scans hold the values 0 to 16.
-    pictures = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    digits = bunch.target.astype(np.int64)
-    train_ids, test_ids = train_test_split(
-        np.arange(len(digits)), test_size=TEST_FRACTION, stratify=digits, random_state=seed
-    )
-    return (
-        Scans(pictures[train_ids], digits[train_ids], train_ids),
-        Scans(pictures[test_ids], digits[test_ids], test_ids),
-    )
+    def __len__(self) -> int:
+        return self._count
 
-
-def compose(
-    scans: Scans, image_size: int, random: np.random.Generator
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """A canvas, (image_size, image_size) uint8, and which digits it shows, (10,) bool."""
-    canvas = np.zeros((image_size, image_size), dtype=np.uint8)
-    present = np.zeros(len(LABELS), dtype=np.bool_)
-    taken: list[tuple[int, int, int]] = []  # squares already on the canvas: top, left, side
-    for scan in random.integers(len(scans.digits), size=random.integers(1, MAX_DIGITS + 1)):
-        side = int(random.integers(round(image_size * SMALLEST_DIGIT), round(image_size * LARGEST_DIGIT) + 1))
-        top, left = _free_place(taken, side, image_size, random)
-        taken.append((top, left, side))
-        digit = Image.fromarray(scans.pictures[scan]).resize((side, side), Image.Resampling.BILINEAR)
-        square = canvas[top : top + side, left : left + side]
-        np.maximum(square, np.asarray(digit), out=square)  # ink wins over paper
-        present[scans.digits[scan]] = True
-    return canvas, present
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        random = np.random.default_rng([0 if self._train else 1, self._seed, self._epoch, index])
+        size = self._image_size
+        canvas = np.zeros((size, size), dtype=np.uint8)
+        targets = torch.zeros(len(LABELS), dtype=torch.int8)
+        taken: list[tuple[int, int, int]] = []  # squares already on the canvas: top, left, side
+        for scan in random.integers(len(self.scans), size=random.integers(1, MAX_DIGITS + 1)):
+            side = int(random.integers(round(size * SMALLEST_DIGIT), round(size * LARGEST_DIGIT) + 1))
+            top, left = _free_place(taken, side, size, random)
+            taken.append((top, left, side))
+            digit = Image.fromarray(self.pictures[scan]).resize((side, side), Image.Resampling.BILINEAR)
+            square = canvas[top : top + side, left : left + side]
+            np.maximum(square, np.asarray(digit), out=square)  # ink wins over paper
+            targets[self.digits[scan]] = 1
+        return torch.from_numpy(canvas).unsqueeze(0), targets
 
 
 def _free_place(
@@ -99,44 +87,7 @@ def _free_place(
     for top, left, other in taken:
         height = np.minimum(places[:, 0] + side, top + other) - np.maximum(places[:, 0], top)
         width = np.minimum(places[:, 1] + side, left + other) - np.maximum(places[:, 1], left)
-        share = height.clip(min=0) * width.clip(min=0) / min(side, other) ** 2
-        worst = np.maximum(worst, share)
+        worst = np.maximum(worst, height.clip(min=0) * width.clip(min=0) / min(side, other) ** 2)
     respects = worst <= MAX_OVERLAP
-    chosen = int(respects.argmax() if respects.any() else worst.argmin())
-    return int(places[chosen, 0]), int(places[chosen, 1])
-
-
-class DigitCanvases(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """`count` canvases of one part of the scans.
-
-    An item is the picture, (1, image_size, image_size) uint8; its targets, (10,) float32, 0 or 1;
-    and which of them are known, (10,) float32: all of them here, so ones.
-
-    Train canvases are new in every epoch (`set_epoch`); test canvases are always the same.
-    """
-
-    def __init__(self, *, train: bool, count: int, image_size: int, seed: int) -> None:
-        if image_size < SMALLEST_CANVAS:
-            raise ValueError(f"a canvas needs a side of at least {SMALLEST_CANVAS} pixels, got {image_size}")
-        train_scans, test_scans = split_scans(seed)
-        self.labels = LABELS
-        self.scans = train_scans if train else test_scans
-        self._stream = _TRAIN_STREAM if train else _TEST_STREAM
-        self._train = train
-        self._count = count
-        self._image_size = image_size
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the train canvases those of `epoch`; the test canvases stay."""
-        self._epoch = epoch if self._train else 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        random = np.random.default_rng([self._stream, self._seed, self._epoch, index])
-        canvas, present = compose(self.scans, self._image_size, random)
-        labels = torch.from_numpy(present).float()
-        return torch.from_numpy(canvas).unsqueeze(0), labels, torch.ones_like(labels)
+    top, left = places[respects.argmax() if respects.any() else worst.argmin()].tolist()
+    return top, left

@@ -1,63 +1,82 @@
-"""Where a training run stands, on disk, whole at every moment.
-
-A checkpoint is written to a file beside its place, forced to the disk and then moved there in one
-step: whenever the process dies, the place holds the previous checkpoint or the new one, never half
-of one.
-"""
+"""Files that are whole at every moment; a training run's checkpoint: Lightning's, and all that `predict` needs."""
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
-# Raised when a key is added, or comes to mean something else.
-FORMAT = 1
+OF_THE_MODEL = ("configuration", "labels", "white", "thresholds", "history", "state_dict")
+OF_THE_RUN = (*OF_THE_MODEL, "environment", "loops", "optimizer_states", "lr_schedulers")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or belongs to another run; the message says why."""
+    """A checkpoint cannot be used; the message names its file and says why."""
 
 
-def save_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
-    """Replace `file` by `state`, a mapping of tensors, numbers, strings and collections of them."""
+def write_atomically(file: Path, content: bytes) -> None:
+    """Replace `file`: whenever the process dies, it holds the previous content or the new one, never half of one.
+
+    Raises:
+        OSError: It cannot be written; the previous content is kept.
+    """
     beside = file.with_name(file.name + ".partial")
-    with beside.open("wb") as stream:
-        torch.save({"format": FORMAT, **state}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote, its tensors on the CPU."""
+class WholeCheckpoints(TorchCheckpointIO):
+    """Reads and writes the files; Lightning's own way there is through another folder, and not forced to the disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], *_: Any, **__: Any) -> None:
+        """Replace `path`."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(Path(path), content.getvalue())
+
+    def load_checkpoint(self, path: str | os.PathLike[str], *_: Any, **__: Any) -> dict[str, Any]:
+        """The checkpoint, its tensors on the CPU."""
+        return read_checkpoint(Path(path), OF_THE_RUN)
+
+
+def read_checkpoint(file: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """The checkpoint in `file`, its tensors on the CPU; raise CheckpointError if it lacks something `needed`."""
     try:
         # Tensors and plain values only: a checkpoint from elsewhere can run no code.
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of many kinds, on files of other programs
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{file}: is not a checkpoint of this program: {reason}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: is not a checkpoint of this version of the program")
-    return cast(dict[str, Any], state)
+    lacking = [key for key in needed if not isinstance(content, dict) or key not in content]
+    if lacking:
+        raise CheckpointError(f"{file}: is not a checkpoint of this program: it has no {', '.join(lacking)}")
+    return dict(content)
 
 
 def check_configuration(file: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming every option in which the two configurations differ."""
+
+    def shown(value: object) -> str:
+        return "unset" if value is None else str(value)
+
     differences = [
-        f"{name} {_shown(saved.get(name))}, not {_shown(wanted.get(name))}"
+        f"{name} {shown(saved.get(name))}, not {shown(wanted.get(name))}"
         for name in {**saved, **wanted}
         if saved.get(name) != wanted.get(name)
     ]
     if differences:
         raise CheckpointError(f"{file}: was written with {'; '.join(differences)}")
-
-
-def _shown(value: object) -> str:
-    return "unset" if value is None else str(value)
