@@ -29,9 +29,8 @@ def train(steps: int) -> list[float]:
     model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=keras.losses.BinaryCrossentropy(from_logits=True))
     images, labels = pictures(BATCH)
     # Keras's figure is the mean of an epoch, which has one batch here.
-    history = model.fit(images, labels, batch_size=BATCH, epochs=steps, shuffle=False, verbose=0)
-    losses: list[float] = history.history["loss"]
-    return losses
+    fitted = model.fit(images, labels, batch_size=BATCH, epochs=steps, shuffle=False, verbose=0)
+    return list(fitted.history["loss"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A Lightning module with `torch.nn.MultiLabelSoftMarginLoss`, as its users write it, through the fused loss.
 
-python examples/patched_lightning.py
+Run `python examples/patched_lightning.py`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,7 @@ def train(steps: int) -> list[float]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     module = Classifier()
     loader = DataLoader(TensorDataset(*pictures(BATCH * 8)), batch_size=BATCH)
-    trainer = lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = lightning.Trainer(max_steps=steps, accelerator="cpu", barebones=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         trainer.fit(module, loader)

@@ -60,11 +60,7 @@ def record(train: Train, steps: int, patched: bool) -> Training:
 
 
 def run(train: Train, title: str | None, argv: Sequence[str] | None = None) -> tuple[Training, Training]:
-    """Train twice, print both, and return torch's and the fused training.
-
-    Raises:
-        SystemExit: The losses differ by more than TOLERANCE.
-    """
+    """Train twice, print both, return torch's and the fused training; exit if losses differ by more than TOLERANCE."""
     parser = argparse.ArgumentParser(description=title, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args(argv).steps

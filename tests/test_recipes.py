@@ -176,7 +176,7 @@ class TestTools:
     @pytest.mark.parametrize("option", ["steps", "threads"])
     def test_counts_are_at_least_one(self, option: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
-            recipe_tools.resnet_options(None, [f"--{option}", "0"], steps=1)
+            recipe_tools.parse_options(None, [f"--{option}", "0"], steps=1)
         assert f"--{option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
@@ -288,20 +288,21 @@ class TestNewFcLayer:
     def test_first_losses(self) -> None:
         _, digit = pictures(16)
         features = torch.rand(16, 512)
-        losses = [new_fc_layer.first_loss(features, digits.attributes(digit), init) for init in new_fc_layer.INITS]
-        assert losses[new_fc_layer.INITS.index("zeros")] == pytest.approx(math.log(2), rel=1e-6)
-        assert all(loss > 0.5 for loss in losses)
-        assert len(set(losses)) == len(losses)
+        losses = new_fc_layer.first_losses(features, digits.attributes(digit))
+        assert losses["zeros"] == pytest.approx(math.log(2), rel=1e-6)
+        assert all(loss > 0.5 for loss in losses.values())
+        assert len(set(losses.values())) == len(losses) == 6
 
     def test_no_probabilities_get_below_the_floors(self) -> None:
+        floors = new_fc_layer.floors()
         for classes in (3, 10):
-            floor = new_fc_layer.floor_with_softmax_inside(classes)
+            floor = floors[f"softmax, {classes} classes"]
             assert floor == pytest.approx(math.log(math.e + classes - 1) - 1)
             outputs = (torch.randn(1000, classes) * 30).softmax(dim=1)
             losses = F.cross_entropy(outputs, outputs.argmax(dim=1), reduction="none")
             assert floor - 1e-5 <= losses.min() <= floor + 0.05
-        assert new_fc_layer.floor_with_sigmoid_inside(0.0) == pytest.approx(math.log(2))
-        assert new_fc_layer.floor_with_sigmoid_inside(1.0) == pytest.approx(math.log1p(1 / math.e))
+        assert floors["sigmoid, target 0"] == pytest.approx(math.log(2))
+        assert floors["sigmoid, target 1"] == pytest.approx(math.log1p(1 / math.e))
 
     def test_dropout_behind_the_layer_destroys_what_is_right(self) -> None:
         # Features that say each class fifty times over: the layer is right, and very sure.
@@ -594,24 +595,25 @@ class TestKerasLogisticOutput:
 
     def test_a_compiled_model_is_saved_with_its_loss(self, recipe: Any, tmp_path: Any) -> None:
         pixels, labels = multi_hot()
-        model = recipe.with_logistic_output(recipe.softmax_sequential(10), 4)
-        recipe.compile_logistic(model, recipe.FusedSigmoidCrossentropy())
+        model = recipe.with_logistic_output(
+            recipe.softmax_model("Sequential", 10), 4, recipe.FusedSigmoidCrossentropy()
+        )
         before = model.evaluate(pixels[:99], labels[:99], verbose=0)
         model.save(tmp_path / "model.keras")
         loaded = recipe.keras.saving.load_model(tmp_path / "model.keras")
         assert isinstance(loaded.loss, recipe.FusedSigmoidCrossentropy)
         assert loaded.evaluate(pixels[:99], labels[:99], verbose=0) == pytest.approx(before)
 
-    @pytest.mark.parametrize("kind", ["sequential", "functional"])
+    @pytest.mark.parametrize("kind", ["Sequential", "functional"])
     def test_the_output_layer_is_replaced(self, recipe: Any, kind: str) -> None:
-        softmax = getattr(recipe, f"softmax_{kind}")(10)
-        model = recipe.with_logistic_output(softmax, 4)
+        softmax = recipe.softmax_model(kind, 10)
+        assert isinstance(softmax, recipe.keras.Sequential) == (kind == "Sequential")
+        model = recipe.with_logistic_output(softmax, 4, recipe.FusedSigmoidCrossentropy())
         assert model.output_shape == (None, 4)
         assert model.layers[-1].activation is recipe.keras.activations.linear
         assert model.layers[-2] is softmax.layers[-2]  # kept, with its weights
         pixels, labels = multi_hot()
         # What one reads in many places, an evaluation of logits, equals a computation by hand.
-        recipe.compile_logistic(model, recipe.FusedSigmoidCrossentropy())
         loss, right = model.evaluate(pixels, labels, verbose=0)
         logits, targets = torch.as_tensor(model.predict(pixels, verbose=0)), torch.from_numpy(labels)
         assert logits.min() < 0
@@ -620,8 +622,9 @@ class TestKerasLogisticOutput:
 
     def test_sample_weights_of_zero_teach_nothing(self, recipe: Any) -> None:
         pixels, labels = multi_hot()
-        model = recipe.with_logistic_output(recipe.softmax_functional(10), 4)
-        recipe.compile_logistic(model, recipe.FusedSigmoidCrossentropy())
+        model = recipe.with_logistic_output(
+            recipe.softmax_model("functional", 10), 4, recipe.FusedSigmoidCrossentropy()
+        )
         kernel = model.layers[-1].kernel.numpy().copy()
         for weight, same in ((0.0, True), (1.0, False)):
             model.fit(pixels[:64], labels[:64], sample_weight=np.full(64, weight), epochs=1, verbose=0)

@@ -1,11 +1,4 @@
-"""Scanned handwritten digits, the data of every recipe: real pictures, nothing to download.
-
-scikit-learn ships 1,797 scans, 8x8 grey pixels each (`sklearn.datasets.load_digits`). Three kinds of targets:
-
-* the digit itself, one class out of ten that exclude one another: a softmax problem;
-* attributes of the digit (even, prime, ...), any number of which hold at once: one logistic output for each;
-* pictures of two digits side by side, labelled with the digits they show: logistic outputs too.
-"""
+"""The data of every recipe: 1,797 scans of handwritten digits, 8x8 grey pixels each, that scikit-learn ships."""
 
 from __future__ import annotations
 
@@ -55,7 +48,7 @@ def images(grey: Tensor) -> Tensor:
 
 
 def attributes(digits: Tensor) -> Tensor:
-    """Which of `ATTRIBUTES` hold: (N,) int64 -> (N, 4) bool. The 1 has none, which no softmax could express."""
+    """Which of `ATTRIBUTES` hold, any number of them: (N,) int64 -> (N, 4) bool. The 1 has none."""
     prime = torch.isin(digits, digits.new_tensor([2, 3, 5, 7]))
     loop = torch.isin(digits, digits.new_tensor([0, 6, 8, 9]))
     return torch.stack([digits % 2 == 0, prime, digits > 4, loop], dim=1)
@@ -67,10 +60,7 @@ def shown(digits: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def pairs(scans: Scans, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` pictures of two random scans side by side, which may show the same digit.
-
-    Returns the grey pictures, (count, 16, 16) float32, and their digits, (count, 2) int64.
-    """
+    """`count` grey pictures (count, 16, 16) of two random scans side by side, and their digits (count, 2) int64."""
     chosen = torch.randint(len(scans.digits), (count, 2), generator=torch.Generator().manual_seed(seed))
     left, right = scans.grey[chosen].unbind(dim=1)
     return F.pad(torch.cat([left, right], dim=2), (0, 0, 4, 4)), scans.digits[chosen]

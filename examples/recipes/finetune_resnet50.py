@@ -2,8 +2,7 @@
 
     python examples/recipes/finetune_resnet50.py
 
-The class: every layer but the last as `features`, a new `classifier` behind it, the features frozen or not. Where does
-the sigmoid go, into `forward` or at a higher level? During training, nowhere: the model returns logits, and
+Where does the sigmoid go, into `forward` or at a higher level? During training, nowhere: the model returns logits, and
 `fused_sce.MultiLabelSoftMarginLoss` computes max(x, 0) - x t + log1p(exp(-|x|)), correct for every float. A sigmoid in
 `forward` rounds to exactly 1 from a logit of 17 on (float32): the gradient is 0 however wrong the answer was. torch's
 own BCEWithLogitsLoss still loses that of labels that are right. `predict_proba` applies the sigmoid for people.
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import digits
 import torch
-from recipe_tools import LEARNING_RATE, backbone, fit, predict, progress, resnet_options
+from recipe_tools import LEARNING_RATE, backbone, fit, parse_options, predict, progress
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,15 +25,11 @@ from torchvision import models
 
 import fused_sce
 
-# A linear layer on fixed features takes far larger steps than the network that made them.
-CLASSIFIER_LEARNING_RATE = 3e-3
-
 
 class ResNet50(nn.Module):
-    """ResNet-50 with a new classifier: images (N, 3, height, width) float32 -> logits (N, num_classes).
+    """ResNet-50 as `features`, frozen or not, and a new `classifier`.
 
-    `fused_sce.replace_head` on torchvision's model would keep the names of its parameters; this one has the features at
-    hand as a module. `weights` are torchvision's, by name, or None.
+    Images (N, 3, height, width) float32 -> logits (N, num_classes). `weights` are torchvision's, by name, or None.
     """
 
     def __init__(self, num_classes: int, *, freeze: bool = False, weights: str | None = None) -> None:
@@ -50,11 +45,7 @@ class ResNet50(nn.Module):
         self.classifier = fused_sce.MultiLabelHead(2048, num_classes, init="kaiming_normal").to(device)
 
     def freeze(self, frozen: bool = True) -> None:
-        """Train the classifier alone, or everything again.
-
-        Every forward pass in training mode moves batch normalisation's running statistics, whatever `requires_grad`
-        says. Frozen features therefore stay in evaluation mode, see `train`.
-        """
+        """Train the classifier alone, or everything again."""
         self.frozen = frozen
         self.features.requires_grad_(not frozen)
         self.train(self.training)
@@ -62,8 +53,8 @@ class ResNet50(nn.Module):
     def train(self, mode: bool = True) -> ResNet50:
         """As `nn.Module.train`, but frozen features stay in evaluation mode."""
         super().train(mode)
-        if self.frozen:
-            self.features.eval()
+        # In training mode a forward pass moves batch normalisation's running statistics, whatever `requires_grad` says.
+        self.features.train(mode and not self.frozen)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,8 +64,7 @@ class ResNet50(nn.Module):
 
     def predict_proba(self, images: Tensor) -> Tensor:
         """Probabilities (N, num_classes), each by itself."""
-        probabilities: Tensor = self.classifier.predict_proba(self.features(images))
-        return probabilities
+        return self.classifier.predict_proba(self.features(images))
 
 
 Loss = Callable[..., Tensor]  # takes logits and float targets (N, C) and a reduction
@@ -87,10 +77,9 @@ LOSSES: dict[str, Loss] = {
 
 
 def lost(loss_function: Loss, count: int = 20_001) -> tuple[int, int]:
-    """How many gradients are 0 and how many losses wrong, for `count` float32 logits and targets of 0, then of 1.
+    """How many gradients are 0 and how many losses off by over 1 %, for `count` float32 logits under each target.
 
-    The logits go from -80 to 80: no exact gradient there is 0, the smallest is exp(-80), about 2e-35. A loss is wrong
-    if it is off by more than 1 %; float64 tells the right value.
+    The logits go from -80 to 80: no exact gradient there is 0, the smallest is exp(-80), about 2e-35.
     """
     # Columns: the loss of a row is then the loss of one logit, for every one of the functions.
     logits = torch.linspace(-80, 80, count).repeat(2).unsqueeze(1).requires_grad_()
@@ -102,10 +91,10 @@ def lost(loss_function: Loss, count: int = 20_001) -> tuple[int, int]:
     return int((gradient == 0).sum()), int(wrong.sum())
 
 
-def unlearn(loss_function: Loss, most: int = 100) -> int | None:
-    """How many gradient steps of size 1 turn a logit of 20, a confident mistake, negative; None if `most` do not."""
+def unlearn(loss_function: Loss) -> int | None:
+    """How many gradient steps of size 1 turn a logit of 20, a confident mistake, negative; None if 100 do not."""
     logit = torch.full((1, 1), 20.0, requires_grad=True)
-    for step in range(most):
+    for step in range(100):
         if logit < 0:
             return step
         (gradient,) = torch.autograd.grad(loss_function(logit, torch.zeros(1, 1), reduction="mean"), logit)
@@ -115,12 +104,11 @@ def unlearn(loss_function: Loss, most: int = 100) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> list[tuple[list[float], float]]:
     """Run the recipe; returns the losses and the average precision on tests of both trainings."""
-    options = resnet_options(__doc__, argv, steps=30)
+    options = parse_options(__doc__, argv, steps=20)
 
     print("Logits from -80 to 80 with targets 0 and 1, 40002 in all; a mistake at a logit of 20:")
     for name, loss_function in LOSSES.items():
-        gradients, losses = lost(loss_function)
-        steps = unlearn(loss_function)
+        (gradients, losses), steps = lost(loss_function), unlearn(loss_function)
         mistake = f"unlearnt in {steps} steps" if steps else "still there after 100 steps"
         print(f"  {name:30} {gradients:5} gradients are 0, {losses:5} losses wrong; {mistake}")
 
@@ -130,20 +118,20 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[list[float], float]]:
     criterion = fused_sce.MultiLabelSoftMarginLoss()
     results = []
 
-    def train_and_test(what: str, targets: Callable[[Tensor], Tensor], rate: float) -> None:
+    def train_and_test(targets: Callable[[Tensor], Tensor], rate: float) -> None:
         losses = fit(model, criterion, images, targets(train.digits), steps=options.steps, learning_rate=rate)
         # Over all thresholds, not the share of right labels: where nine of ten are 0, answering 0 is 90 % right.
         precision = float(average_precision_score(targets(test.digits), predict(model, test_images)))
         results.append((losses, precision))
-        print(f"  {what:43} {progress(losses)}, average precision on tests {precision:.3f}")
+        print(f"  {progress(losses)}, average precision on tests {precision:.3f}")
 
-    print("\nTraining:")
-    train_and_test("everything, four attributes", digits.attributes, LEARNING_RATE)
+    print("\nTraining everything, four attributes:")
+    train_and_test(digits.attributes, LEARNING_RATE)
+    print("Training a new classifier on frozen features, ten digits:")
     model.new_classifier(10)
     model.freeze()
-    train_and_test(
-        "features frozen, new classifier, ten digits", lambda digit: F.one_hot(digit, 10), CLASSIFIER_LEARNING_RATE
-    )
+    # A linear layer on fixed features takes far larger steps than the network that made them.
+    train_and_test(lambda digit: F.one_hot(digit, 10), 10 * LEARNING_RATE)
     return results
 
 

@@ -25,7 +25,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import digits
 import keras
 import torch
-from recipe_tools import count, option_parser
+from recipe_tools import parse_options
 from torch import Tensor
 
 import fused_sce
@@ -35,14 +35,8 @@ import fused_sce
 class FusedSigmoidCrossentropy(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
     """Sigmoid cross-entropy of logits, fused and right for every float, as a Keras loss.
 
-    Stands in for `keras.losses.BinaryCrossentropy(from_logits=True)`: same values, same `reduction`, `sample_weight`
-    and masks, and it is saved and loaded with a model.
-
-    Args:
-        label_smoothing: in [0, 1]; moves targets towards 0.5 by this fraction of the way.
-        reduction: of the values per sample, as in every Keras loss.
-        name: of the loss.
-        dtype: what logits and targets are converted to; `keras.config.floatx()` if not given.
+    Stands in for `keras.losses.BinaryCrossentropy(from_logits=True)`: same values, and the same `reduction`, `dtype`,
+    sample weights and masks; saved and loaded with a model. `label_smoothing` in [0, 1] moves targets towards 0.5.
 
     Shape:
         y_true (N, ..., C), 0 to 1, and y_pred (N, ..., C), logits -> (N, ...), the mean over the last axis, then
@@ -60,13 +54,8 @@ class FusedSigmoidCrossentropy(keras.losses.Loss):  # type: ignore[misc]  # Kera
         name: str | None = "fused_sigmoid_crossentropy",
         dtype: Any = None,
     ) -> None:
-        backend = keras.config.backend()
-        if backend != "torch":
-            raise RuntimeError(
-                f"FusedSigmoidCrossentropy computes on torch tensors, but Keras runs on its {backend} backend. Set "
-                "the environment variable KERAS_BACKEND=torch before Keras is imported, or use "
-                "keras.losses.BinaryCrossentropy(from_logits=True)"
-            )
+        if (backend := keras.config.backend()) != "torch":
+            raise RuntimeError(f"Keras runs on its {backend} backend: set KERAS_BACKEND=torch before it is imported")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         super().__init__(name=name, reduction=reduction, dtype=dtype)
@@ -79,48 +68,39 @@ class FusedSigmoidCrossentropy(keras.losses.Loss):  # type: ignore[misc]  # Kera
         elif y_pred.ndim + 1 == y_true.ndim and y_true.shape[-1] == 1:
             y_pred = y_pred.unsqueeze(-1)
         if y_true.shape != y_pred.shape:
-            raise ValueError(
-                f"y_true and y_pred must have the same shape, got {tuple(y_true.shape)} and {tuple(y_pred.shape)}"
-            )
+            shapes = f"{tuple(y_true.shape)} and {tuple(y_pred.shape)}"
+            raise ValueError(f"y_true and y_pred must have the same shape, got {shapes}")
         if self.label_smoothing:
             y_true = y_true * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
-        losses: Tensor = fused_sce.functional.multilabel_soft_margin_loss(y_pred, y_true, reduction="none")
-        return losses
+        return fused_sce.functional.multilabel_soft_margin_loss(y_pred, y_true, reduction="none")
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for `from_config` and for saved models."""
-        config: dict[str, Any] = super().get_config()
-        return {**config, "label_smoothing": self.label_smoothing, "dtype": self.dtype}
+        return {**super().get_config(), "label_smoothing": self.label_smoothing, "dtype": self.dtype}
 
 
-def softmax_sequential(num_classes: int) -> keras.Sequential:
-    """Pixels (N, 64) -> probabilities of classes that exclude one another (N, num_classes)."""
-    hidden = keras.layers.Dense(64, activation="relu")
-    return keras.Sequential([keras.Input((64,)), hidden, keras.layers.Dense(num_classes, activation="softmax")])
-
-
-def softmax_functional(num_classes: int) -> keras.Model:
-    """The same model, made with the functional API."""
+def softmax_model(kind: str, num_classes: int) -> keras.Model:
+    """A "Sequential" or "functional" model: pixels (N, 64) -> probabilities (N, num_classes), which sum to 1."""
     inputs = keras.Input((64,))
-    hidden = keras.layers.Dense(64, activation="relu")(inputs)
-    return keras.Model(inputs, keras.layers.Dense(num_classes, activation="softmax")(hidden))
+    hidden, output = keras.layers.Dense(64, activation="relu"), keras.layers.Dense(num_classes, activation="softmax")
+    if kind == "Sequential":
+        return keras.Sequential([inputs, hidden, output])
+    return keras.Model(inputs, output(hidden(inputs)))
 
 
-def with_logistic_output(model: keras.Model, num_labels: int) -> keras.Model:
-    """A model with the layers of `model`, weights included, but a last layer that returns logits (N, num_labels).
+def with_logistic_output(model: keras.Model, num_labels: int, loss: Any) -> keras.Model:
+    """A model with the layers of `model`, but a last one that returns logits (N, num_labels), compiled with `loss`.
 
-    The layers are shared: training it trains them in `model` too.
+    The layers are shared, weights included: training it trains them in `model` too.
     """
     output = keras.layers.Dense(num_labels)
     if isinstance(model, keras.Sequential):
-        return keras.Sequential([keras.Input(model.input_shape[1:]), *model.layers[:-1], output])
-    return keras.Model(model.inputs, output(model.layers[-1].input))
-
-
-def compile_logistic(model: keras.Model, loss: Any) -> None:
-    """Compile a model that returns logits."""
+        new = keras.Sequential([keras.Input(model.input_shape[1:]), *model.layers[:-1], output])
+    else:
+        new = keras.Model(model.inputs, output(model.layers[-1].input))
     right = keras.metrics.BinaryAccuracy(name="right", threshold=0.0)
-    model.compile(optimizer=keras.optimizers.Adam(3e-3), loss=loss, metrics=[right])
+    new.compile(optimizer=keras.optimizers.Adam(3e-3), loss=loss, metrics=[right])
+    return new
 
 
 def categorical(y_true: Tensor, y_pred: Tensor) -> Any:
@@ -130,30 +110,27 @@ def categorical(y_true: Tensor, y_pred: Tensor) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, tuple[list[float], float]]:
     """Run the recipe; returns, by name of a logistic model, the loss of each epoch and the share of right labels."""
-    parser = option_parser(__doc__)
-    parser.add_argument("--epochs", type=count, default=5, help="per training (default %(default)s)")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    options = parse_options(__doc__, argv, epochs=5)
     train, test = digits.load_scans(options.seed)
     pixels, test_pixels = train.grey.flatten(1).numpy(), test.grey.flatten(1).numpy()
     labels, test_labels = (digits.attributes(scans.digits).float().numpy() for scans in (train, test))
     fused, results = FusedSigmoidCrossentropy(), {}
 
     print("Ten classes under a softmax, then four labels with logistic outputs on the same layers:")
-    for name, make_softmax, loss in (
-        ("Sequential, fused loss", softmax_sequential, fused),
-        ("functional, fused loss", softmax_functional, fused),
-        ("functional, categorical loss", softmax_functional, categorical),
+    for kind, loss_name, loss in (
+        ("Sequential", "fused", fused),
+        ("functional", "fused", fused),
+        ("functional", "categorical", categorical),
     ):
         keras.utils.set_random_seed(options.seed)
         with keras.device(options.device):
-            softmax = make_softmax(10)
+            softmax = softmax_model(kind, 10)
             softmax.compile(optimizer=keras.optimizers.Adam(3e-3), loss="sparse_categorical_crossentropy")
             softmax.fit(pixels, train.digits.numpy(), epochs=options.epochs, verbose=0)
-            model = with_logistic_output(softmax, len(digits.ATTRIBUTES))
-            compile_logistic(model, loss)
+            model = with_logistic_output(softmax, len(digits.ATTRIBUTES), loss)
             losses = model.fit(pixels, labels, epochs=options.epochs, verbose=0).history["loss"]
             right = model.evaluate(test_pixels, test_labels, verbose=0, return_dict=True)["right"]
+        name = f"{kind}, {loss_name} loss"
         results[name] = losses, right
         print(f"  {name:28} loss {losses[0]:.4f} -> {losses[-1]:.4f}, {right:.3f} of the labels right on tests")
 

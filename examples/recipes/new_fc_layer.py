@@ -3,16 +3,13 @@
     python examples/recipes/new_fc_layer.py
 
 It changes what comes out, and nothing else: all other layers keep their weights. The number of outputs, dropout and the
-initialisation are arguments of `fused_sce.replace_head`; the loss brings the activation. The program puts several new
-layers on the same ResNet-18 and trains each for some steps.
+initialisation are arguments of `fused_sce.replace_head`. The program trains several new layers on the same ResNet-18.
 
 Three habits that do harm, and what they cost, measured:
 
 * a softmax or sigmoid inside the model, under a loss that applies it again. The loss then cannot fall below a floor,
-  however sure and right the model is, and its gradient is squeezed. The models here return logits; torchvision's
-  ResNet has no softmax to keep either;
-* dropout behind the last layer. It wipes out logits, and a logit of 0 does not mean "no": dropout belongs on the
-  features, in front of the layer;
+  however sure and right the model is. The models here return logits, as torchvision's ResNet does;
+* dropout behind the last layer: a logit of 0 does not mean "no". Dropout belongs in front of it, on the features;
 * an optimizer made before the layer was replaced. It goes on training the old one.
 """
 
@@ -24,57 +21,52 @@ from typing import Any
 
 import digits
 import torch
-from recipe_tools import backbone, fit, predict, progress, resnet_options
+from recipe_tools import backbone, fit, parse_options, predict, progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
 import fused_sce
 
-
-def is_even(digit: Tensor) -> Tensor:
-    """(N,) int64 -> (N, 1) bool, the shape of the logits."""
-    return (digit % 2 == 0).unsqueeze(1)
-
-
 # By name: arguments of `replace_head`, the loss, and its targets as a function of the digits (N,) int64.
 LAYERS: dict[str, tuple[dict[str, Any], nn.Module, Callable[[Tensor], Tensor]]] = {
     "10 classes": ({"num_classes": 10, "task": "multiclass"}, nn.CrossEntropyLoss(), lambda digit: digit),
-    "1 logistic output": ({"num_classes": 1}, fused_sce.BCEWithLogitsLoss(), is_even),
+    "1 logistic output": ({"num_classes": 1}, fused_sce.BCEWithLogitsLoss(), lambda digit: digit[:, None] % 2 == 0),
     "4 logistic outputs, dropout 0.5, Xavier": (
         {"num_classes": 4, "dropout": 0.5, "init": "xavier_uniform"},
         fused_sce.MultiLabelSoftMarginLoss(),
         digits.attributes,
     ),
 }
-INITS = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "zeros", "default")
 
 
 @torch.no_grad()
-def first_loss(features: Tensor, targets: Tensor, init: str) -> float:
-    """The loss of logistic outputs (N, C) on features (N, F) before any training.
+def first_losses(features: Tensor, targets: Tensor) -> dict[str, float]:
+    """The loss of logistic outputs (N, C) on features (N, F) before any training, by initialisation.
 
-    Zeros give log 2 = 0.693 for each output, the loss of "I do not know". What random weights add is noise that
-    training first has to take back.
+    Zeros give log 2 = 0.693, the loss of "I do not know"; what random weights add has to be unlearnt first.
     """
-    head = fused_sce.MultiLabelHead(features.shape[1], targets.shape[1], init=init)
-    return float(fused_sce.functional.sigmoid_cross_entropy(head(features), targets))
+    losses = {}
+    for init in ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "zeros", "default"):
+        head = fused_sce.MultiLabelHead(features.shape[1], targets.shape[1], init=init)
+        losses[init] = float(fused_sce.functional.sigmoid_cross_entropy(head(features), targets))
+    return losses
 
 
-def floor_with_softmax_inside(num_classes: int) -> float:
-    """The lowest loss that CrossEntropyLoss can reach on probabilities instead of logits.
+def floors() -> dict[str, float]:
+    """The lowest losses possible where the model applies an activation and the loss applies it again.
 
-    The best possible output is 1 for the right class and 0 for the others; a second softmax turns that into a
-    probability of e / (e + n - 1) only.
+    The best output is the target itself, 1 and 0. A second softmax makes e / (e + n - 1) of the 1, for n classes; a
+    second sigmoid 0.73, and 0.5 of a 0.
     """
-    right = torch.tensor([0])
-    return float(F.cross_entropy(F.one_hot(right, num_classes).float(), right))
-
-
-def floor_with_sigmoid_inside(target: float) -> float:
-    """The same for a sigmoid cross-entropy: the second sigmoid sees 0 to 1 only, and makes 0.5 to 0.73 of it."""
-    best = torch.tensor([[target]])
-    return float(fused_sce.functional.binary_cross_entropy_with_logits(best, best))
+    lowest = {}
+    for num_classes in (3, 10, 1000):
+        best = torch.eye(num_classes)
+        lowest[f"softmax, {num_classes} classes"] = float(F.cross_entropy(best, best))
+    for target in (0, 1):
+        best = torch.tensor([[float(target)]])
+        lowest[f"sigmoid, target {target}"] = float(fused_sce.functional.sigmoid_cross_entropy(best, best))
+    return lowest
 
 
 @torch.no_grad()
@@ -102,7 +94,7 @@ def head_moves(model: models.ResNet, images: Tensor, digit: Tensor, *, optimizer
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Run the recipe; returns the losses per step of each new layer."""
-    options = resnet_options(__doc__, argv, steps=25)
+    options = parse_options(__doc__, argv, steps=16)
     train, test = digits.load_scans(options.seed)
     images, test_images = digits.images(train.grey), digits.images(test.grey)
     model = models.resnet18(weights=options.weights).to(options.device)
@@ -120,19 +112,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
 
     ten = trained["10 classes"]
     features = predict(backbone(ten), test_images)
-    print("\nThe first loss of four logistic outputs on the features of the ten-class model, by initialisation:")
-    for init in INITS:
-        print(f"  {init:16} {first_loss(features, digits.attributes(test.digits), init):.3f}")
-
-    print("\nAn activation inside the model under a loss that applies it again; lowest loss possible:")
-    for num_classes in (3, 10, 1000):
-        print(f"  softmax, {num_classes:4} classes  {floor_with_softmax_inside(num_classes):.3f}")
-    for target in (0.0, 1.0):
-        print(f"  sigmoid, target {target:.0f}      {floor_with_sigmoid_inside(target):.3f}")
-
-    print("\nDropout of 0.5 on the trained ten-class model, loss on the test pictures:")
-    for place, cost in dropout_cost(ten.fc.cpu(), features, test.digits).items():
-        print(f"  {place:16} {cost:.3f}")
+    first = first_losses(features, digits.attributes(test.digits))
+    for what, table in (
+        ("The first loss of four logistic outputs on the features of the ten-class model, by initialisation", first),
+        ("An activation inside the model under a loss that applies it again; lowest loss possible", floors()),
+        ("Dropout of 0.5 on the ten-class model; loss on tests", dropout_cost(ten.fc.cpu(), features, test.digits)),
+    ):
+        print(f"\n{what}:")
+        for case, loss in table.items():
+            print(f"  {case:22} {loss:.3f}")
 
     print("\nOne step of an optimizer made")
     few, few_digits = images[:64].to(options.device), train.digits[:64].to(options.device)

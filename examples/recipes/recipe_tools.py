@@ -14,6 +14,8 @@ BATCH_SIZE = 32
 # faster the weights move, the further batch normalisation's running averages, which inference uses, lag behind them.
 LEARNING_RATE = 3e-4
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets
+
 
 def count(text: str) -> int:
     """An option that counts something: an integer of at least 1."""
@@ -22,21 +24,18 @@ def count(text: str) -> int:
     return int(text)
 
 
-def option_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every recipe has."""
+def parse_options(
+    description: str | None, argv: Sequence[str] | None, *, steps: int | None = None, epochs: int | None = None
+) -> argparse.Namespace:
+    """Parse a recipe's options and set seed and threads; give the default of --steps (ResNets) or of --epochs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="of the CPU")
-    return parser
-
-
-def resnet_options(description: str | None, argv: Sequence[str] | None, *, steps: int) -> argparse.Namespace:
-    """Parse the options of a ResNet recipe (`steps` is the default of --steps); set seed and threads."""
-    parser = option_parser(description)
-    parser.add_argument("--steps", type=count, default=steps, help="per training (default %(default)s)")
-    # `weights` as torchvision's models take it.
-    parser.add_argument("--pretrained", dest="weights", action="store_const", const="DEFAULT", help="downloads weights")
+    length = "--epochs" if steps is None else "--steps"
+    parser.add_argument(length, type=count, default=epochs or steps, help="per training (default %(default)s)")
+    if steps is not None:  # `weights` as torchvision's models take it
+        parser.add_argument("--pretrained", dest="weights", action="store_const", const="DEFAULT", help="downloaded")
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
@@ -44,18 +43,9 @@ def resnet_options(description: str | None, argv: Sequence[str] | None, *, steps
 
 
 def fit(
-    model: nn.Module,
-    loss_function: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
-    targets: Tensor,
-    *,
-    steps: int,
-    learning_rate: float = LEARNING_RATE,
+    model: nn.Module, loss: Loss, images: Tensor, targets: Tensor, *, steps: int, learning_rate: float = LEARNING_RATE
 ) -> list[float]:
-    """Train whatever in `model` is not frozen and return the loss of each step.
-
-    `images` is (N, 3, height, width) float32 and `targets` (N, ...) in what form `loss_function` takes.
-    """
+    """Train what is not frozen on images (N, 3, height, width) and targets (N, ...); return the loss of each step."""
     # Made here, after any change of the head: an optimizer holds on to the parameters it was given.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     device = next(model.parameters()).device
@@ -66,11 +56,11 @@ def fit(
     losses = []
     model.train()
     for batch, target in DataLoader(data, size, sampler=sampler):
-        loss = loss_function(model(batch.to(device)), target.to(device))
+        value = loss(model(batch.to(device)), target.to(device))
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(value.item())
     return losses
 
 

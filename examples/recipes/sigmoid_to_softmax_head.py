@@ -8,8 +8,8 @@ Three things change together: the number of outputs, the activation, and the los
     sigmoid   one per label, >= 1      independent, sum to anything    sigmoid cross-entropy
     softmax   one per class, >= 2      sum to one                      torch.nn.CrossEntropyLoss
 
-The activation belongs neither into the model nor before the loss: both losses read logits and apply it themselves,
-stably. Apply it where a person asks for probabilities.
+The model returns logits: both losses apply the activation themselves, stably. Apply it where a person asks for
+probabilities.
 
 The program trains one ResNet-18 with a sigmoid head (four attributes of a digit), then with a softmax head (the ten
 digits), then with a sigmoid head again; the backbone is kept each time. It also shows why a softmax over one output is
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import digits
 import torch
-from recipe_tools import fit, predict, progress, resnet_options
+from recipe_tools import fit, parse_options, predict, progress
 from torch import Tensor, nn
 from torchvision import models
 
@@ -36,11 +36,7 @@ def predict_proba(model: nn.Module, images: Tensor, task: str) -> Tensor:
 
 
 def accuracy(probabilities: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The share of right answers, and the share that is right if the answer is always the most frequent one.
-
-    `truth` is (N, outputs) bool for a sigmoid, whose answers are labels, or (N,) int64 for a softmax, whose answers are
-    classes.
-    """
+    """The share of right answers, and that of always the most frequent; `truth` (N, outputs) bool or (N,) int64."""
     answers = probabilities > 0.5 if truth.dtype == torch.bool else probabilities.argmax(dim=1)
     most_frequent = truth.long().mode(dim=0).values
     return float((answers == truth).float().mean()), float((most_frequent == truth).float().mean())
@@ -49,8 +45,7 @@ def accuracy(probabilities: Tensor, truth: Tensor) -> tuple[float, float]:
 def softmax_over_one_output(logits: Tensor) -> tuple[Tensor, Tensor]:
     """What a softmax makes of one output per picture: probabilities and gradient, both (N, 1).
 
-    Every probability is exp(x) / exp(x) = 1, so that the loss is log 1 = 0 and its gradient is 0: nothing is predicted,
-    and nothing can be learnt.
+    Every probability is exp(x) / exp(x) = 1, so that the loss is log 1 = 0 and its gradient is 0.
     """
     logits = logits.detach().clone().requires_grad_()
     loss = nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
@@ -60,10 +55,7 @@ def softmax_over_one_output(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def softmax_from_sigmoid(head: nn.Linear) -> fused_sce.MultiClassHead:
-    """The two-class softmax head ("no", "yes") that gives the probabilities of a sigmoid head.
-
-    softmax(0, x) = (1 - sigmoid(x), sigmoid(x)), so that a zero row for "no" is all it takes.
-    """
+    """The two-class softmax head ("no", "yes") that says the same: softmax(0, x) = (1 - sigmoid(x), sigmoid(x))."""
     if head.out_features != 1:
         raise ValueError(f"a head with one output is needed, got {head.out_features}")
     new = fused_sce.MultiClassHead(head.in_features, 2, init="zeros").to(head.weight.device)
@@ -74,10 +66,7 @@ def softmax_from_sigmoid(head: nn.Linear) -> fused_sce.MultiClassHead:
 
 @torch.no_grad()
 def sigmoid_from_softmax(head: nn.Linear) -> fused_sce.MultiLabelHead:
-    """The sigmoid head with one output that gives a two-class softmax head's second probability.
-
-    softmax(a, b)[1] = sigmoid(b - a): only the difference of the two rows matters.
-    """
+    """The sigmoid head with one output that says the same as two classes: softmax(a, b)[1] = sigmoid(b - a)."""
     if head.out_features != 2:
         raise ValueError(f"a head with two outputs is needed, got {head.out_features}")
     new = fused_sce.MultiLabelHead(head.in_features, 1, init="zeros").to(head.weight.device)
@@ -88,7 +77,7 @@ def sigmoid_from_softmax(head: nn.Linear) -> fused_sce.MultiLabelHead:
 
 def main(argv: Sequence[str] | None = None) -> list[tuple[list[float], Tensor, float, float]]:
     """Run the recipe; returns losses, probabilities on tests and `accuracy` of each of the three trainings."""
-    options = resnet_options(__doc__, argv, steps=30)
+    options = parse_options(__doc__, argv, steps=20)
     train, test = digits.load_scans(options.seed)
     images, test_images = digits.images(train.grey), digits.images(test.grey)
     model = models.resnet18(weights=options.weights).to(options.device)
@@ -105,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[list[float], Tensor, f
         right, guess = accuracy(probabilities, truth)
         results.append((losses, probabilities, right, guess))
         sums = probabilities.sum(dim=1)
-        print(f"{task}: {progress(losses)}, probabilities sum to {sums.min():.2f} to {sums.max():.2f}, ", end="")
-        print(f"right on tests {right:.3f} (guessing: {guess:.3f})")
+        print(f"{task}: {progress(losses)}, right on tests {right:.3f} (guessing: {guess:.3f})")
+        print(f"  probabilities of a picture sum to {sums.min():.2f} to {sums.max():.2f}")
 
     logits = torch.tensor([[-3.0], [0.0], [5.0]])
     probabilities, gradient = softmax_over_one_output(logits)
@@ -114,16 +103,12 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[list[float], Tensor, f
     print("  probabilities:", probabilities.flatten().tolist(), "whatever the picture")
     print("  gradient:     ", gradient.abs().flatten().tolist(), "so that it never learns")
 
-    features = torch.randn(4, 512)
-    sigmoid_head = fused_sce.MultiLabelHead(512, 1)
-    softmax_head = softmax_from_sigmoid(sigmoid_head)
-    print("\nOne sigmoid output as a softmax over two, and back, without training")
-    for name, head in (
-        ("sigmoid", sigmoid_head),
-        ("softmax", softmax_head),
-        ("sigmoid again", sigmoid_from_softmax(softmax_head)),
-    ):
-        print(f"  {name + ':':14}", [[round(p, 6) for p in row] for row in head.predict_proba(features).tolist()])
+    print("\nProbabilities of one sigmoid output, the same as a softmax over two, and back, without training")
+    sigmoid = fused_sce.MultiLabelHead(512, 1)
+    softmax = softmax_from_sigmoid(sigmoid)
+    features = torch.randn(3, 512)
+    for head in (sigmoid, softmax, sigmoid_from_softmax(softmax)):
+        print("  ", [[round(p, 6) for p in row] for row in head.predict_proba(features).tolist()])
     return results
 
 
