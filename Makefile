@@ -10,7 +10,7 @@ OUT ?= $(OUTPUT)/gpu
 TORCH ?= torch torchvision
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test fuzz sweep sweep-heads kernel sanitize bench gpu-check lint format wheel try-wheel clean help
+.PHONY: setup demo demo-emoji test fuzz sweep sweep-heads kernel sanitize bench gpu-check lint format wheel try-wheel clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,12 @@ $(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.
 
 demo: setup  ## Train a ResNet-18 on digit canvases with the fused loss (minutes), results in output/demo
 	$(BIN)/python examples/train_multilabel_resnet.py --output $(OUTPUT)/demo
+
+EMOJI := $(OUTPUT)/emoji-pictures
+demo-emoji: setup  ## Train on one artist's emoji and test on another's, 621 tags (needs npm; minutes), results in output/emoji
+	$(BIN)/python examples/emoji_pictures.py $(EMOJI)
+	$(BIN)/python examples/train_multilabel_resnet.py --images $(EMOJI) --labels $(EMOJI)/google.csv --label-column tags \
+	  --group-column group --test-labels $(EMOJI)/twitter.csv --image-size 64 --epochs 8 --output $(OUTPUT)/emoji
 
 test: setup  ## Run all tests
 	$(BIN)/python -m pytest

@@ -148,14 +148,10 @@ def check_model(model: nn.Module, arch: str, image_size: int, label_count: int) 
 # --- Training and testing ------------------------------------------------------------------------
 
 TABLE_HEADER = "epoch  learning rate  train loss  validation loss     mAP  seconds"
-
-
-def table_row(record: EpochRecord) -> str:
-    """The line under TABLE_HEADER for one epoch."""
-    return (
-        f"{record.epoch:>5}  {record.learning_rate:>13.2e}  {record.train_loss:>10.4f}"
-        f"  {record.validation_loss:>15.4f}  {record.mean_average_precision:>6.4f}  {record.seconds:>7.1f}"
-    )
+TABLE_ROW = (
+    "{epoch:>5}  {learning_rate:>13.2e}  {train_loss:>10.4f}  {validation_loss:>15.4f}"
+    "  {mean_average_precision:>6.4f}  {seconds:>7.1f}"
+)
 
 
 class Classifier(lightning.LightningModule):
@@ -293,7 +289,7 @@ class Classifier(lightning.LightningModule):
         self.history.append(record)
         self.thresholds = best_thresholds(self.evaluation)
         self.trainer.save_checkpoint(self.checkpoint_file)
-        print(table_row(record), flush=True)
+        print(TABLE_ROW.format(**asdict(record)), flush=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `predict` needs, and the history."""

@@ -20,12 +20,10 @@ from torch.utils.data import Dataset
 LABELS = tuple(str(digit) for digit in range(10))
 TEST_FRACTION = 0.25  # of the scans of each digit: 450 in all
 MAX_DIGITS = 4
-# Sides of an enlarged digit as fractions of the canvas's side: 16 to 20 of 48 pixels. Four of them
-# cover 44 to 69 % of the canvas: they fit, though not without touching.
+# Sides of an enlarged digit as fractions of the canvas's: four cover 44 to 69 % of it, and fit, but touch at times.
 SMALLEST_DIGIT, LARGEST_DIGIT = 1 / 3, 5 / 12
 SMALLEST_CANVAS = 24  # below, a digit would be drawn smaller than its scan
-# Share of a digit's square that may lie in another's: strokes touch, but no digit hides another.
-MAX_OVERLAP = 0.15
+MAX_OVERLAP = 0.15  # share of a digit's square that may lie in another's: strokes touch, but no digit hides another
 # Places drawn for each digit. The first that respects MAX_OVERLAP is taken, else (one canvas
 # in twenty) the one that overlaps least, which was never by more than 0.38.
 PLACES_TRIED = 64

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,6 @@ def as_seen(image: Image.Image, white: int) -> Image.Image:
     return upright.convert("RGB")
 
 
-# --- Checking ------------------------------------------------------------------------------------
-
-
 def check_pictures(
     pictures: Sequence[Path], *, workers: int, remembered: Path | None
 ) -> tuple[int, list[tuple[int, str]]]:
@@ -74,30 +71,24 @@ def check_pictures(
     names = [os.path.abspath(picture) for picture in pictures]
     states = [_state(name) for name in names]
     new = [index for index, name in enumerate(names) if name not in good or good[name][:2] != states[index]]
-    for index in new:
-        good.pop(names[index], None)
+    unchecked = [names[index] for index in new]
     problems = []
-    results = _check_all([names[index] for index in new], workers)
-    results = tqdm(results, desc="checking pictures", total=len(new), unit="picture", leave=False)
-    try:
-        for index, (highest, problem) in zip(new, results, strict=True):
-            if problem:
-                problems.append((index, problem))
-            else:
-                good[names[index]] = (*states[index], highest)
-    finally:  # what an interrupted run has checked is not checked again
-        if new and remembered is not None:
-            _remember(remembered, good)
+    with ProcessPoolExecutor(workers or 1) as pool:  # starts no process before it has work
+        in_processes = workers > 0 and len(new) >= CHUNK
+        results = pool.map(_check, unchecked, chunksize=CHUNK) if in_processes else map(_check, unchecked)
+        results = tqdm(results, desc="checking pictures", total=len(new), unit="picture", leave=False)
+        try:
+            for index, (highest, problem) in zip(new, results, strict=True):
+                if problem:
+                    problems.append((index, problem))
+                    good.pop(names[index], None)
+                else:
+                    good[names[index]] = (*states[index], highest)
+        finally:  # what an interrupted run has checked is not checked again
+            if new and remembered is not None:
+                _remember(remembered, good)
     highest_of_all = max((good[name][2] for name in names if name in good), default=0)
     return (WHITE_12 if highest_of_all <= WHITE_12 else WHITE_16), problems
-
-
-def _check_all(names: Sequence[str], workers: int) -> Iterator[tuple[int, str]]:
-    if workers == 0 or len(names) < CHUNK:
-        yield from map(_check, names)
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            yield from pool.map(_check, names, chunksize=CHUNK)
 
 
 def _check(name: str) -> tuple[int, str]:
@@ -127,10 +118,8 @@ def _state(name: str) -> tuple[int, int]:
 
 def _recall(remembered: Path | None) -> dict[str, tuple[int, int, int]]:
     """Of every good picture: size, time of change, and highest grey value."""
-    if remembered is None:
-        return {}
     try:
-        entries = json.loads(remembered.read_bytes())
+        entries = {} if remembered is None else json.loads(remembered.read_bytes())
         return {name: (int(size), int(changed), int(highest)) for name, (size, changed, highest) in entries.items()}
     except Exception:  # whatever it holds instead: everything is checked again
         return {}
@@ -138,16 +127,12 @@ def _recall(remembered: Path | None) -> dict[str, tuple[int, int, int]]:
 
 def _remember(remembered: Path, good: dict[str, tuple[int, int, int]]) -> None:
     part = remembered.with_name(f"{remembered.name}.{os.getpid()}")  # moved into place whole, or not at all
-    try:
+    with suppress(OSError):
         remembered.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(good))
         part.replace(remembered)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-# --- Loading -------------------------------------------------------------------------------------
+    with suppress(OSError):
+        part.unlink()  # if it could not be moved
 
 
 class LabelledPictures(Dataset[tuple[Tensor, Tensor]]):

@@ -41,7 +41,7 @@ import numpy as np
 import numpy.typing as npt
 import predict
 import torch
-from classifier import LOSSES, TABLE_HEADER, Classifier, UsageError, environment, open_device, table_row, whole_number
+from classifier import LOSSES, TABLE_HEADER, TABLE_ROW, Classifier, UsageError, environment, open_device, whole_number
 from digit_canvases import LABELS as DIGIT_LABELS
 from digit_canvases import DigitCanvases
 from label_file import UNKNOWN, LabelFile, LabelFileError, add_options, read_and_check, reading_of
@@ -89,14 +89,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model and loss").add_argument
     add("--arch", default="resnet18", help="any torchvision classifier (resnet18)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
-    losses = (
-        "fused, focal and asymmetric are fused_sce's; naive: sigmoid, then BCELoss; torch: BCEWithLogitsLoss (fused)"
-    )
+    losses = "fused_sce's fused, focal and asymmetric; naive: sigmoid, then BCELoss; torch: BCEWithLogitsLoss (fused)"
     add("--loss", choices=LOSSES, default="fused", help=losses)
-    weights = (
-        "factor of each label's positives: columns label and weight, or auto: its negatives over its positives in the"
-    )
-    weights += " training part, where one is assumed if there are none"
+    weights = "factor of each label's positives: a file with columns label and weight; or auto, its negatives over its "
+    weights += "positives in the training part, where one is assumed if there are none"
     add("--pos-weight", metavar="auto|FILE.csv", help=weights)
 
     add = parser.add_argument_group("training").add_argument
@@ -398,7 +394,7 @@ def train(options: argparse.Namespace) -> None:
 
     counts = ", ".join(f"{len(part)} {name}" for name, part in data.parts.items())
     print(data.description, f"{counts} pictures; {options.arch}, {options.loss} loss", sep="\n")
-    print(TABLE_HEADER, *map(table_row, classifier.history), sep="\n")
+    print(TABLE_HEADER, *(TABLE_ROW.format(**asdict(record)) for record in classifier.history), sep="\n")
     trainer, batches = make_trainer(options, device), Batches(options, data, classifier)
     trainer.fit(classifier, datamodule=batches, ckpt_path=resume)
     # A run that was resumed after its last epoch has looked at nothing.
