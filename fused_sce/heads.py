@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import operator
+import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn, SupportsIndex, TypeGuard, TypeVar
+from typing import Any, NoReturn, SupportsIndex, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -86,20 +88,22 @@ def _positive(name: str, value: object) -> int:
     return number
 
 
-def _check_head_options(dropout: float, init: str) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+def _check_head_options(dropout: object, init: str) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
         raise TypeError(f"dropout must be a float in [0, 1), got {type(dropout).__name__} {dropout!r}")
-    if not 0.0 <= dropout < 1.0:
+    if not 0.0 <= float(dropout) < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if init not in _INITIALISERS:
+    if init not in tuple(_INITIALISERS):  # a tuple takes what cannot be hashed, too
         raise ValueError(f"init must be one of {', '.join(_INITIALISERS)}, got {init!r}")
 
 
-def _initialise(layer: _Layer, init: str) -> None:
+def _initialise(layer: _Layer, init: str) -> nn.Module:
+    """Initialise the weight by `init` and the bias to 0; "default" keeps both as torch made them."""
     if init != "default":
         _INITIALISERS[init](layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    return layer
 
 
 class MultiLabelHead(_LinearHead):
@@ -153,6 +157,8 @@ _HEAD_NAMES = ("fc", "classifier", "head", "heads", "last_linear", "_fc", "score
 # Further classifiers of the same labels: GoogLeNet's, Inception's, segmentation models', distilled models'.
 _FURTHER_HEADS = ("aux1", "aux2", "AuxLogits", "aux_classifier", "head_dist")
 
+_BUILD_IT = "Build the model with a classifier (in timm, num_classes above 0)"
+
 # Between a head and the loss these spoil logits. In a Sequential every activation does; beside a head, as an attribute
 # of the same module, only these are likely to be applied to its output.
 _PROBABILITIES = (nn.Sigmoid, nn.LogSigmoid, nn.Softmax, nn.Softmax2d, nn.LogSoftmax)
@@ -172,23 +178,24 @@ def replace_head(
 
     The head is the last linear layer or 1x1 convolution under the name that timm states, or under a name that models of
     torchvision, timm and Hugging Face use. Where a model has several heads that are known (distilled DeiT, LeViT,
-    GoogLeNet's auxiliary ones), all are replaced. A new head takes its input size, dtype, device and training mode from
-    the old one. Without dropout it is a plain `torch.nn.Linear` or convolution, which every tool knows; with dropout it
-    is a `MultiLabelHead` or `MultiClassHead`, or a convolution behind a `torch.nn.Dropout`.
+    GoogLeNet's auxiliary ones), all are replaced. Where the structure leaves a doubt, nothing is. Structure means the
+    order of registration: what `forward` does cannot be seen, an activation that it applies included.
 
-    An activation behind the head in a `torch.nn.Sequential` becomes an Identity, with a warning: the model must return
-    logits. An activation that `forward` itself applies cannot be seen from here: remove it yourself.
+    A new head takes its input size, bias or lack of it, dtype, device and training mode from the old one. Without
+    dropout it is a plain `torch.nn.Linear` or convolution, which every tool knows; with dropout it is a
+    `MultiLabelHead` or `MultiClassHead`. An activation behind the head in a `torch.nn.Sequential` becomes an Identity,
+    with a warning: the model must return logits.
 
     What the model keeps about its labels follows: `num_classes`, `num_labels`, and Hugging Face's `config.num_labels`,
     `id2label`, `label2id` (new names where the number changes) and `problem_type`.
 
     Args:
-        model: a classifier. Of a DataParallel, DDP or compiled model replace the head before wrapping it.
+        model: a classifier. Replace its head before wrapping it in DataParallel, DDP or FSDP, and before compiling it.
         num_classes: number of labels, or of classes.
         task: "multilabel" for labels that do not exclude one another, "multiclass" for classes that do.
         head: qualified name of the head, such as "backbone.fc", or several of them; found if None. A container stands
             for its last layer.
-        dropout: probability of zeroing a feature before the head in training, in [0, 1).
+        dropout: probability of zeroing a feature before the head in training, in [0, 1); 0 for a convolution.
         init: see `MultiLabelHead`.
         freeze_backbone: stop the gradient of all parameters but the new head's. Batch normalisation still updates its
             running statistics in training mode; call `.eval()` on the backbone to stop that too.
@@ -198,42 +205,50 @@ def replace_head(
 
     Raises:
         TypeError: `model`, `num_classes`, `head` or `dropout` has a wrong type.
-        ValueError: An argument is out of its range; or the model has no head that is known, several of which only some
-            are known, or one that something with parameters or a sigmoid follows. The model is then unchanged.
+        ValueError: An argument is out of its range; or the head is not found; or there seem to be further heads; or a
+            sigmoid, or a layer with parameters, comes after it. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     num_classes = _positive("num_classes", num_classes)
     _check_head_options(dropout, init)
-    if task not in _TASKS:
+    if task not in tuple(_TASKS):
         raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {task!r}")
     names = _find_heads(model) if head is None else _given_heads(model, head)
-    layers = _layers(model)
-    new = {name: _new_head(layers[name], name, num_classes, task, dropout, init) for name in names}
-    activations = [found for name in names for found in _activations_behind(model, name, head is not None)]
+    old = {name: _layers(model)[name] for name in names}
+    new = {name: _new_head(old[name], name, num_classes, task, dropout, init) for name in names}
+    activations = [found for name in names for found in _activations_behind(model, name)]
+    if head is None:
+        for name in names:
+            _refuse_readers(model, name)
+            _refuse_sigmoid_beside(model, name)
 
-    if freeze_backbone:
-        model.requires_grad_(False)
-    for name in activations:
+    for name in activations:  # first, as a warning can be turned into an error
         warnings.warn(
             f"replace_head removed {name} ({type(model.get_submodule(name)).__name__}), which stood behind the head: "
             "the model returns logits, and the loss applies the sigmoid",
             stacklevel=2,
         )
+    for name in names:
+        _record(model, name, _size(old[name])[1], num_classes, task)
+    if freeze_backbone:
+        model.requires_grad_(False)
+    for name in activations:
         model.set_submodule(name, nn.Identity())
     for name in names:
         # Under every name that the layer has.
         for alias, module in list(model.named_modules(remove_duplicate=False)):
-            if module is layers[name]:
+            if module is old[name]:
                 model.set_submodule(alias, new[name])
-        _record(model, name, _size(layers[name])[1], num_classes)
-    _record_in_config(model, num_classes, task)
     return model
+
+
+# --- Finding the head ----------------------------------------------------------------------------
 
 
 def _find_heads(model: nn.Module) -> list[str]:
     """Qualified names of the layers that produce the model's output."""
-    for wrapped in ("module", "_orig_mod"):  # DataParallel and DistributedDataParallel; torch.compile
+    for wrapped in ("module", "_orig_mod", "_fsdp_wrapped_module"):  # DataParallel, DDP; torch.compile; FSDP
         if [name for name, _ in model.named_children()] == [wrapped]:
             raise ValueError(
                 f"{type(model).__name__} wraps a model: replace the head of its .{wrapped}, before wrapping it, as "
@@ -244,34 +259,41 @@ def _find_heads(model: nn.Module) -> list[str]:
 
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     if labels is not None and hasattr(model, "base_model_prefix"):  # Hugging Face: what is not the base is head
-        base = model.base_model_prefix
-        found = [layer for name, layer in last.items() if name != base and _size(layers[layer])[1] == labels]
-        return found or _refuse(model)
+        kind = type(model).__name__
+        if type(model).__module__.startswith("transformers.") and not re.search("Classification|Segmentation", kind):
+            _refuse(model, "it is no classifier")  # of detectors and others, more than the head depends on the labels
+        found = [
+            last[name] for name in last if name != model.base_model_prefix and _size(layers[last[name]])[1] == labels
+        ]
+        return _last_in_chain(layers, found) or _refuse(
+            model, f"nothing behind its base has {labels} outputs (num_labels)"
+        )
 
     stated = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")  # timm's record: a name or several
-    found = [stated] if isinstance(stated, str) else list(stated or ())
-    if not found or not all(name in layers for name in found):
-        found = [_only_layer(model, name) for name in _HEAD_NAMES if name in last][:1] or _refuse(model)
+    if stated:
+        found = [name for name in ([stated] if isinstance(stated, str) else stated) if name in layers]
+        if not found:  # as with num_classes=0
+            _refuse(model, f"it has no linear layer {stated}, as timm's record says. {_BUILD_IT}", built=False)
+    else:
+        named = [name for name in _HEAD_NAMES if name in dict(model.named_children())]
+        found = _last_in_chain(layers, [_only_layer(model, name) for name in named if name in last])
+        if len(found) > 1:
+            _refuse_several(model, found)
+        if not found:
+            if named:
+                part = type(model.get_submodule(named[0]))
+                empty = f"its {named[0]} ({part.__module__}.{part.__qualname__}) has no linear layer of torch.nn"
+                _refuse(model, f"{empty}. {_BUILD_IT}", built=False)
+            _refuse(model, f"no linear layer is, or ends, {', '.join(_HEAD_NAMES)}")
     children = {name.partition(".")[0] for name in found}
     found += [last[name] for name in _FURTHER_HEADS if name in last and name not in children]
     # A layer of as many outputs at the end of another part may be a head that is not known here.
-    others = [layer for name, layer in last.items() if layer not in found and name not in children]
-    others = [layer for layer in others if _beside(layers[found[0]], layers[layer], same_inputs=False)]
-    return _refuse_several(model, [*found, *others]) if others else found
-
-
-def _refuse(model: nn.Module) -> NoReturn:
-    children = dict(model.named_children())
-    empty = [name for name in _HEAD_NAMES if name in children]
-    if empty:  # as timm's models have that were built with num_classes=0
-        why = f"its {empty[0]} has no linear layer ({type(children[empty[0]]).__name__}). Build it with a classifier"
-    else:
-        why = f"no linear layer is, or ends, {', '.join(_HEAD_NAMES)}. Its parts are {', '.join(children) or 'none'}"
-    likely = [f', such as head="{name}"' for name in _layers(model)][-1:]
-    raise ValueError(
-        f"{type(model).__name__} has no head that replace_head knows: {why}. "
-        f"Or name the layer that produces the logits{''.join(likely)}"
-    )
+    replaced = [layers[name] for name in found]
+    others = [layer for name, layer in last.items() if name not in children and layers[layer] not in replaced]
+    others = [layer for layer in others if _beside(replaced[0], layers[layer], same_inputs=False)]
+    if others:
+        _refuse_several(model, [*found, *others])
+    return found
 
 
 def _given_heads(model: nn.Module, head: str | Sequence[str]) -> list[str]:
@@ -280,12 +302,13 @@ def _given_heads(model: nn.Module, head: str | Sequence[str]) -> list[str]:
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"head must be the name of a layer, or a list of names, got {head!r}")
     parts = dict(model.named_modules(remove_duplicate=False))
+    del parts[""]  # the model itself
     for name in names:
-        if name not in parts or not _layers(parts[name]):
+        if name not in parts or not _layers(parts[name], name):
             what = f"that is a {type(parts[name]).__name__}" if name in parts else "there is no such part"
             raise ValueError(
-                f"head must name a linear layer or a 1x1 convolution, got {name!r}: {what}. The last ones of "
-                f"{type(model).__name__} are {', '.join(list(_layers(model))[-4:]) or 'none'}"
+                f"head must name a linear layer or a convolution with a 1x1 kernel, got {name!r}: {what}. The last "
+                f"ones of {type(model).__name__} are {', '.join(list(_layers(model))[-4:]) or 'none'}"
             )
     return [_only_layer(model, name) for name in names]
 
@@ -300,6 +323,50 @@ def _only_layer(model: nn.Module, name: str) -> str:
     return last
 
 
+def _last_in_chain(layers: dict[str, _Layer], names: list[str]) -> list[str]:
+    """Those of `names` whose outputs no other one of them takes as its inputs."""
+    inputs = {name: _size(layers[name])[0] for name in names}
+    return [
+        name
+        for name in names
+        if _size(layers[name])[1] not in [inputs[other] for other in names if layers[other] is not layers[name]]
+    ]
+
+
+def _refuse_readers(model: nn.Module, name: str) -> None:
+    """Raise ValueError if something that is registered later reads as many values as the layer `name` puts out."""
+    outputs = _size(_layers(model)[name])[1]
+    modules = list(model.named_modules())
+    places = [place for place, (key, _) in enumerate(modules) if key == name]  # none where it is an alias
+    for key, part in modules[places[0] + 1 :] if places else ():
+        if _reads(part) == outputs:
+            raise ValueError(
+                f"{name} of {type(model).__name__} does not seem to produce its output, as {key} "
+                f"({type(part).__name__}) reads {outputs} values. Name the layer that produces the logits, such as "
+                f'head="{name}"'
+            )
+
+
+def _reads(part: nn.Module) -> int | None:
+    """The number of values, per position, that a layer with parameters reads."""
+    if isinstance(part, nn.LayerNorm):
+        return part.normalized_shape[-1]
+    for attribute in ("in_features", "in_channels", "num_features"):
+        if isinstance(number := getattr(part, attribute, None), int):
+            return number
+    return None
+
+
+def _refuse(model: nn.Module, why: str, built: bool = True) -> NoReturn:
+    last = [list(layers)[-1] for name, child in model.named_children() if (layers := _layers(child, name))]
+    hint = f', such as head="{last[-1]}"' if last and built else ""
+    raise ValueError(
+        f"{type(model).__name__} has no head that replace_head knows: {why}. Its parts are "
+        f"{', '.join(name for name, _ in model.named_children()) or 'none'}. "
+        f"Name the layer that produces the logits{hint}"
+    )
+
+
 def _refuse_several(model: nn.Module, names: list[str]) -> NoReturn:
     raise ValueError(
         f"{type(model).__name__} seems to have several heads: {', '.join(names)}. "
@@ -308,29 +375,32 @@ def _refuse_several(model: nn.Module, names: list[str]) -> NoReturn:
 
 
 def _layers(part: nn.Module, prefix: str = "") -> dict[str, _Layer]:
-    """The linear layers and 1×1 convolutions of a part, by their qualified names, in the order of their making."""
-    return {name: module for name, module in part.named_modules(prefix=prefix) if _is_layer(module)}
+    """The linear layers and 1x1 convolutions of a part, by all their qualified names, in the order of registration."""
+    named = part.named_modules(prefix=prefix, remove_duplicate=False)
+    return {name: module for name, module in named if name and _is_layer(module)}
 
 
 def _is_layer(module: nn.Module) -> TypeGuard[_Layer]:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return {*module.kernel_size, *module.stride, module.groups} == {1}
+        return {*module.kernel_size, *module.stride, module.groups} == {1} and set(module.padding) == {0}
     return isinstance(module, nn.Linear)
 
 
 def _size(layer: _Layer) -> tuple[int, int]:
     """The numbers of inputs and outputs."""
-    return (
-        (layer.in_features, layer.out_features)
-        if isinstance(layer, nn.Linear)
-        else (layer.in_channels, layer.out_channels)
-    )
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def _beside(head: _Layer, other: _Layer, same_inputs: bool = True) -> bool:
-    """Whether `other` looks like one more head, and not like a layer in front of `head`."""
+    """Whether `other` looks like one more head, or like one behind `head`, and not like a layer in front of it."""
     (inputs, outputs), (other_inputs, other_outputs) = _size(head), _size(other)
-    return other_outputs != inputs and (other_outputs == outputs or (same_inputs and other_inputs == inputs))
+    alike = other_outputs == outputs or (same_inputs and other_inputs in (inputs, outputs))
+    return other is not head and other_outputs != inputs and alike
+
+
+# --- Putting the new one there -------------------------------------------------------------------
 
 
 def _new_head(old: _Layer, name: str, num_classes: int, task: str, dropout: float, init: str) -> nn.Module:
@@ -339,69 +409,77 @@ def _new_head(old: _Layer, name: str, num_classes: int, task: str, dropout: floa
             f"the head {name} ({type(old).__name__}) does not know its input size yet: "
             "run the model once, on any batch, before replace_head"
         )
-    inputs, _ = _size(old)
+    if hasattr(old.weight, "device_mesh"):
+        raise ValueError(f"the head {name} is sharded (a DTensor): replace it before the model is sharded")
+    bias = old.bias is not None
     new: nn.Module
     with old.weight.device:
-        if not isinstance(old, nn.Linear):
-            kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(old, kind))
-            layer: _Layer = kind(inputs, num_classes, kernel_size=1)
-            _initialise(layer, init)
-            new = nn.Sequential(nn.Dropout(dropout), layer) if dropout else layer
-        elif dropout:
-            new = _TASKS[task](inputs, num_classes, dropout=dropout, init=init)
+        if dropout:
+            if not isinstance(old, nn.Linear):
+                raise ValueError(f"dropout must be 0 for the head {name}, a convolution, got {dropout}")
+            new = _TASKS[task](old.in_features, num_classes, dropout=dropout, init=init, bias=bias)
+        elif isinstance(old, nn.Linear):
+            new = _initialise(nn.Linear(old.in_features, num_classes, bias=bias), init)
         else:
-            new = nn.Linear(inputs, num_classes)
-            _initialise(new, init)
+            kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(old, kind))
+            new = _initialise(kind(old.in_channels, num_classes, 1, bias=bias), init)
     if old.weight.is_floating_point():  # a quantised head's are not
         new = new.to(old.weight.dtype)
     return new.train(old.training)
 
 
-def _activations_behind(model: nn.Module, name: str, named_by_user: bool) -> list[str]:
-    """The activations between a head and the output, as far as the structure shows them."""
-    head, found = name, []
+def _activations_behind(model: nn.Module, head: str) -> list[str]:
+    """The activations that follow a head in the Sequentials around it."""
+    found, name = [], head
     while name:
-        path = name.rpartition(".")[0]
-        parent = model.get_submodule(path)
+        inside, name = name, name.rpartition(".")[0]
+        if not isinstance(parent := model.get_submodule(name), nn.Sequential):
+            continue
         children = {
-            f"{path}.{key}".removeprefix("."): child for key, child in parent._modules.items() if child is not None
+            f"{name}.{key}".removeprefix("."): child for key, child in parent._modules.items() if child is not None
         }
-        if isinstance(parent, nn.Sequential):
-            behind = list(children)[list(children).index(name) + 1 :]
-            for inner, part in (item for key in behind for item in children[key].named_modules(prefix=key)):
-                if type(part).__module__ == nn.ReLU.__module__ and not isinstance(part, nn.MultiheadAttention):
-                    found.append(inner)
-                elif [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
-                    raise ValueError(
-                        f"behind the head {head} stands {inner} ({type(part).__name__}), which was made for the old "
-                        'number of outputs. Name the layer that produces the logits: head="..."'
-                    )
-        elif not named_by_user:
-            for key, child in children.items():
-                if isinstance(child, _PROBABILITIES):
-                    raise ValueError(
-                        f"beside the head {head} stands {key} ({type(child).__name__}). If forward applies it to the "
-                        "logits, put a torch.nn.Identity in its place first, as the loss wants logits; if it does not, "
-                        f'say head="{head}"'
-                    )
-        name = path
+        behind = list(children)[list(children).index(inside) + 1 :]
+        for inner, part in (item for key in behind for item in children[key].named_modules(prefix=key)):
+            activation = type(part).__module__ == nn.ReLU.__module__ and not isinstance(part, nn.MultiheadAttention)
+            if activation or isinstance(part, _PROBABILITIES):
+                found.append(inner)
+            elif [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+                raise ValueError(
+                    f"behind the head {head} stands {inner} ({type(part).__name__}), which was made for the old "
+                    'number of outputs. Name the layer that produces the logits: head="..."'
+                )
     return found
 
 
-def _record(model: nn.Module, name: str, old_number: int, num_classes: int) -> None:
+def _refuse_sigmoid_beside(model: nn.Module, head: str) -> None:
+    """Raise ValueError if the model, or a container of the head, has a sigmoid that `forward` may apply to it."""
+    name = head
+    while name:
+        name = name.rpartition(".")[0]
+        parent = model.get_submodule(name)
+        if isinstance(parent, nn.Sequential):
+            continue
+        for key, child in parent.named_children():
+            if any(isinstance(part, _PROBABILITIES) for part in child.modules()) and not [*child.parameters()]:
+                beside = f"{name}.{key}".removeprefix(".")
+                raise ValueError(
+                    f"beside the head {head} stands {beside} ({type(child).__name__}). If forward applies it to the "
+                    "logits, put a torch.nn.Identity in its place first, as the loss wants logits; if it does not, "
+                    f'say head="{head}"'
+                )
+
+
+def _record(model: nn.Module, name: str, old_number: int, num_classes: int, task: str) -> None:
     """Bring up to date what the model, and the containers of its head, keep about the number of labels."""
     while name:
         name = name.rpartition(".")[0]
         part = model.get_submodule(name)
         for attribute in ("num_classes", "num_labels"):
             kept = vars(part).get(attribute)
-            if kept == old_number or (part is model and isinstance(kept, int)):
+            if type(kept) is int and kept == old_number:
                 setattr(part, attribute, num_classes)
-
-
-def _record_in_config(model: nn.Module, num_classes: int, task: str) -> None:
-    """Hugging Face builds the head of a saved model by its configuration when it is loaded again."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "id2label"):
-        config.num_labels = num_classes  # where it changes, this makes id2label and label2id anew
-        config.problem_type = _PROBLEM_TYPES[task]
+        # Hugging Face builds the head of a saved model by its configuration when it is loaded again.
+        config: Any = vars(part).get("config")
+        if hasattr(config, "id2label") and config.num_labels == old_number:
+            config.num_labels = num_classes  # where it changes, this makes id2label and label2id anew
+            config.problem_type = _PROBLEM_TYPES[task]

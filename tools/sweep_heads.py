@@ -152,6 +152,8 @@ def examine(candidate: Candidate, device: str) -> tuple[str, str]:
                 replace_head(model, LABELS, freeze_backbone=True)
         except ValueError as error:
             return ("refused", str(error)) if state(model) == unchanged else ("broken", "refused, but changed")
+        except Exception as error:
+            return "broken", first_line(error)
         heads = [name for name, value in model.named_parameters() if value.requires_grad and value.ndim > 1]
         how = ", ".join(name.removesuffix(".weight") for name in heads)
         how += "".join("; activation removed" for warning in caught if "replace_head removed" in str(warning.message))
@@ -178,7 +180,7 @@ def markdown(rows: list[tuple[str, str, str, str]], total: str) -> str:
     lines = ["| Library | Family: model | Result | Layers replaced, or why not |", "| --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
     return (
-        f"# replace_head on every family of classifiers\n\n{total}: `python tools/sweep_heads.py` with timm "
+        f"# replace_head on every image-classification family\n\n{total}: `python tools/sweep_heads.py` with timm "
         f"{timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}, transformers "
         f"{transformers.__version__}. What the results mean stands at the top of that file.\n\n"
         + "\n".join(lines)
