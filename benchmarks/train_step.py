@@ -41,7 +41,7 @@ def candidates(label_count: int) -> tuple[dict[str, Callable[[], object]], dict[
 
     def step_of(name: str) -> Callable[[], object]:
         options.loss = name
-        module = Classifier(example.configuration_of(options, data, None), labels, data.white)
+        module = Classifier(example.configuration_of(options, data), labels)
         optimizer = torch.optim.AdamW(module.parameters(), lr=options.learning_rate, weight_decay=WEIGHT_DECAY)
 
         def step() -> None:

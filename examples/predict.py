@@ -3,7 +3,8 @@
     python examples/predict.py runs/multilabel/checkpoint.pt photos more/photo.jpg --output labels.csv
 
 A row of the CSV is a picture: its file, the probability of every label, and in the column `labels` those that are
-predicted, separated by `|`. A label is predicted from the probability on that gave the best F1 on the validation part.
+predicted, separated by `|`. A label is predicted where its probability reaches the threshold with the best F1 on the
+validation part.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from classifier import Classifier, UsageError, open_device, whole_number
-from pictures import LabelledPictures, PictureError
-from PIL import Image
+from classifier import Classifier, UsageError, number, open_device
+from pictures import SUFFIXES, WHITE, LabelledPictures, PictureError, white_of
 from run_checkpoint import OF_THE_MODEL, CheckpointError, read_checkpoint, write_atomically
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and every picture in the folders among them."""
-    extensions = Image.registered_extensions()
+    """The files among `paths`, and every picture in the folders among them that is not hidden."""
     pictures = []
     for path in paths:
         if os.path.isdir(path):
-            pictures += sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions)
+            files = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            pictures += sorted(file for file in files if not f"/{file.relative_to(path)}".count("/."))
         elif os.path.isfile(path):
             pictures.append(path)
         else:
@@ -46,15 +46,13 @@ def predict(classifier: Classifier, pictures: Sequence[Path], batch_size: int) -
     """The logits of `pictures`, (N, L), on the CPU.
 
     Raises:
-        UsageError: A picture cannot be read; the message names it.
+        PictureError: A picture cannot be read, or has values above the white of the training; the message names it.
     """
-    size = classifier.configuration["--image-size"]
-    data = LabelledPictures(pictures, torch.zeros(len(pictures), 0), size, classifier.white)
+    size, white = (classifier.configuration[name] for name in ("--image-size", WHITE))
+    white_of(pictures, [f"picture {picture}" for picture in pictures])  # a broken one is named before the work
+    data = LabelledPictures(pictures, torch.zeros(len(pictures), 0), size, white)
     bar = tqdm(DataLoader(data, batch_size=batch_size), unit="batch", leave=False)
-    try:
-        return torch.cat([classifier(batch.to(classifier.device)).cpu() for batch, _ in bar])
-    except PictureError as error:
-        raise UsageError(f"picture {error}") from error
+    return torch.cat([classifier(batch.to(classifier.device)).cpu() for batch, _ in bar])
 
 
 def table_of(pictures: Sequence[Path], logits: Tensor, classifier: Classifier) -> str:
@@ -77,22 +75,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("pictures", type=Path, nargs="+", help="files, and folders with all that is in them")
     parser.add_argument("--output", type=Path, metavar="FILE.csv", help="(the screen)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
-    parser.add_argument("--batch-size", type=whole_number(1), default=64, help="(64)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="(64)")
     options = parser.parse_args(arguments)
+    output = options.output
     try:
+        if output is not None and (os.path.isdir(output) or not os.access(output.parent, os.W_OK | os.X_OK)):
+            raise UsageError(f"--output: {output}: is a folder, or its folder is not there or not writable")
         device = open_device(options.device)
         pictures = find_pictures(options.pictures)
         classifier = Classifier.trained(read_checkpoint(options.checkpoint, OF_THE_MODEL), options.checkpoint)
         classifier.to(device).eval()
-        content = table_of(pictures, predict(classifier, pictures, options.batch_size), classifier)
-        if options.output is None:
-            sys.stdout.write(content)
+        table = table_of(pictures, predict(classifier, pictures, options.batch_size), classifier)
+        # Names of files may be no UTF-8: Python escapes their bytes, and this gives them back.
+        content = table.encode(errors="surrogateescape")
+        if output is None:
+            with open(sys.stdout.fileno(), "wb", closefd=False) as stream:
+                stream.write(content)
         else:
-            write_atomically(options.output, content.encode())
-    except (UsageError, CheckpointError) as error:
+            write_atomically(output, content)
+    except (UsageError, CheckpointError, PictureError) as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"--output: {options.output}: cannot be written: {error.strerror}")
+        parser.error(f"{f'--output: {output}' if output else 'standard output'}: cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

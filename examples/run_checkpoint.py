@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-OF_THE_MODEL = ("configuration", "labels", "white", "thresholds", "history", "state_dict")
+OF_THE_MODEL = ("configuration", "labels", "thresholds", "history", "state_dict")
 OF_THE_RUN = (*OF_THE_MODEL, "environment", "loops", "optimizer_states", "lr_schedulers")
 
 

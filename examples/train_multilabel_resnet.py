@@ -8,23 +8,21 @@ shows, and leaves a checkpoint, metrics and pictures in `runs/multilabel`. Your 
     python examples/train_multilabel_resnet.py --images photos --labels photos.csv --pretrained
     python examples/train_multilabel_resnet.py predict runs/multilabel/checkpoint.pt new_photos
 
-The same options with the same seed give the same result to the bit, on the same machine with the same number of
-threads. A run that was killed goes on after its last whole epoch with `--resume`, to the very same result.
+The same options with the same seed give the same result to the bit on a CPU, on the same machine with the same number
+of threads. A run that was killed goes on after its last whole epoch with `--resume`, to the very same result.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
 import hashlib
+import itertools
 import logging
-import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +37,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import lightning
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import predict
 import torch
-from classifier import LOSSES, TABLE_HEADER, TABLE_ROW, Classifier, UsageError, environment, open_device, whole_number
+from classifier import LOSSES, TABLE_HEADER, TABLE_ROW, Classifier, UsageError, check_arch, number, open_device
 from digit_canvases import LABELS as DIGIT_LABELS
 from digit_canvases import DigitCanvases
-from label_file import UNKNOWN, LabelFile, LabelFileError, add_options, read_and_check, reading_of
+from label_file import UNKNOWN, LabelFile, LabelFileError, add_options, counted, read_label_file, reading_of
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from pictures import WHITE_16, LabelledPictures, PictureError
+from pictures import WHITE, WHITES, LabelledPictures, PictureError, white_of
 from run_checkpoint import OF_THE_RUN, CheckpointError, WholeCheckpoints, check_configuration, read_checkpoint
-from run_report import label_table, mean_average_precision, write_report
+from run_report import REPORT, label_table, mean_average_precision, shown, write_report
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -70,18 +68,6 @@ VALIDATION_FRACTION = 0.2
 # --- The options ---------------------------------------------------------------------------------
 
 
-def number_below(high: float) -> Callable[[str], float]:
-    """A parser of option values that takes numbers between 0 and `high`, both excluded."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if 0 < float(text) < high:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and below {high:g}, got {text!r}")
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line; a default that depends on other options is None until they are known."""
     usage = "train_multilabel_resnet.py predict CHECKPOINT PICTURES... predicts the labels of pictures."
@@ -92,29 +78,29 @@ def make_parser() -> argparse.ArgumentParser:
     losses = "fused_sce's fused, focal and asymmetric; naive: sigmoid, then BCELoss; torch: BCEWithLogitsLoss (fused)"
     add("--loss", choices=LOSSES, default="fused", help=losses)
     weights = "factor of each label's positives: a file with columns label and weight; or auto, its negatives over its "
-    weights += "positives in the training part, where one is assumed if there are none"
+    weights += "positives in the training part, a count of 0 taken as 1"
     add("--pos-weight", metavar="auto|FILE.csv", help=weights)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole_number(1), default=EPOCHS, help=f"({EPOCHS})")
-    add("--batch-size", type=whole_number(2), default=BATCH_SIZE, help=f"({BATCH_SIZE})")
+    add("--epochs", type=number(int, 1), default=EPOCHS, help=f"({EPOCHS})")
+    add("--batch-size", type=number(int, 2), default=BATCH_SIZE, help=f"({BATCH_SIZE})")
     rate = f"the schedule's highest ({LEARNING_RATE:g}; with --pretrained {FINE_TUNING_RATE:g})"
-    add("--learning-rate", type=number_below(10), help=rate)
-    add("--seed", type=whole_number(0), default=0, help="of everything (0)")
+    add("--learning-rate", type=number(float, 1e-12, 10), help=rate)
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of everything (0)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
-    add("--threads", type=whole_number(1), help="threads on the CPU (as many as torch likes)")
-    add("--workers", type=whole_number(0), default=0, help="processes that load pictures (0)")
+    add("--threads", type=number(int, 1), help="threads on the CPU (as many as torch likes)")
+    add("--workers", type=number(int, 0), default=0, help="processes that load pictures (0)")
 
     add = parser.add_argument_group("data: canvases of scanned digits, or your own pictures").add_argument
     size = f"side of the pictures in pixels ({CANVAS_SIZE}; own pictures {PICTURE_SIZE})"
-    add("--image-size", type=whole_number(1), help=size)
-    add("--train-canvases", type=whole_number(2), help=f"per epoch ({TRAIN_CANVASES})")
-    add("--test-canvases", type=whole_number(1), help=f"({TEST_CANVASES})")
+    add("--image-size", type=number(int, 1), help=size)
+    add("--train-canvases", type=number(int, 2), help=f"per epoch ({TRAIN_CANVASES})")
+    add("--test-canvases", type=number(int, 1), help=f"({TEST_CANVASES})")
     add("--images", type=Path, metavar="DIR", help="folder of your own pictures")
     add("--labels", type=Path, metavar="FILE.csv", help="their labels")
-    kept = f"share of your own pictures that is kept to look at after every epoch ({VALIDATION_FRACTION:g})"
-    add("--validation-fraction", type=number_below(1), help=kept)
-    tested = "labels of pictures for the final report (it is on the share that is kept)"
+    kept = "share of your own pictures (with --group-column, of the groups) that is kept to look at after every epoch "
+    add("--validation-fraction", type=number(float, 1e-9, 1), help=f"{kept}({VALIDATION_FRACTION:g})")
+    tested = "labels of pictures for the final report (default: the validation part)"
     add("--test-labels", type=Path, metavar="FILE.csv", help=tested)
     add("--test-images", type=Path, metavar="DIR", help="folder of these pictures (that of --images)")
     add_options(parser)
@@ -128,15 +114,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def complete_options(options: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on other options; refuse options that do not go together."""
+    """Fill in the defaults that depend on other options; refuse options that cannot be right, whatever the data."""
+    check_arch(options.arch)
+    there = next(path for path in (options.output, *options.output.parents) if os.path.exists(path))
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        raise UsageError(f"--output: {options.output}: {there} is not a folder, or not writable")
     own_pictures = options.images is not None
-    if own_pictures != (options.labels is not None):
-        given, lacking = ("--images", "--labels") if own_pictures else ("--labels", "--images")
-        raise UsageError(f"{given} needs {lacking} beside it")
-    try:
-        options.reading = reading_of(options)
-    except LabelFileError as error:
-        raise UsageError(str(error)) from error
+    for given, lacking in (("images", "labels"), ("labels", "images"), ("test_images", "test_labels")):
+        if getattr(options, given) is not None and getattr(options, lacking) is None:
+            raise UsageError(f"{option_of(given)} needs {option_of(lacking)} beside it")
+    options.reading = reading_of(options)
     of_canvases = {"train_canvases": TRAIN_CANVASES, "test_canvases": TEST_CANVASES}
     of_pictures = {"validation_fraction": VALIDATION_FRACTION, "test_labels": None, "test_images": None}
     of_pictures |= dict.fromkeys(asdict(options.reading))
@@ -145,12 +132,8 @@ def complete_options(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             why = "does not go with --images" if own_pictures else "needs --images and --labels"
             raise UsageError(f"{option_of(name)} {why}")
-    if options.test_images is not None and options.test_labels is None:
-        raise UsageError("--test-images needs --test-labels beside it")
     if options.pos_weight is not None and options.loss in ("focal", "asymmetric"):
         raise UsageError(f"--pos-weight does not go with --loss {options.loss}, which has weights of its own")
-    if options.seed >= 2**32:  # scikit-learn's splitters take no more
-        raise UsageError(f"--seed must be below 2**32, got {options.seed}")
     defaults = {
         **right,
         "learning_rate": FINE_TUNING_RATE if options.pretrained else LEARNING_RATE,
@@ -178,13 +161,13 @@ PictureSet = DigitCanvases | LabelledPictures
 class Data:
     """The `parts` that are trained on, validated and perhaps tested on: "train", "validation" and "test".
 
-    `sources` is what decides the result and is not an option: the content of files.
+    `sources` is what decides the result and is not an option: the content of files. `pos_weight` (L,) is float32.
     """
 
     parts: dict[str, PictureSet]
     labels: tuple[str, ...]
-    white: int
-    sources: dict[str, str]
+    pos_weight: Tensor | None
+    sources: dict[str, object]
     description: str
 
     @property
@@ -201,44 +184,62 @@ def load_canvases(options: argparse.Namespace) -> Data:
         test = DigitCanvases(train=False, count=options.test_canvases, **how)
     except ValueError as error:
         raise UsageError(f"--image-size: {error}") from error
-    return Data({"train": train, "validation": test}, DIGIT_LABELS, WHITE_16, {}, "canvases of digits, 10 labels")
+    of_weights = range(len(train)) if options.pos_weight == "auto" else range(1)  # each must be composed
+    pos_weight = pos_weight_of(options, DIGIT_LABELS, torch.stack([train[index][1] for index in of_weights]))
+    parts: dict[str, PictureSet] = {"train": train, "validation": test}
+    return Data(parts, DIGIT_LABELS, pos_weight, {WHITE: WHITES[0]}, "canvases of digits, 10 labels")
 
 
-def read_labels(kind: str, options: argparse.Namespace, like: LabelFile | None = None) -> tuple[LabelFile, int]:
-    """The file of --labels, or with "test_" as `kind` that of --test-labels, and the grey value that is white."""
+def read_labels(kind: str, options: argparse.Namespace, like: LabelFile | None = None) -> LabelFile:
+    """The file of --labels, or with "test_" as `kind` that of --test-labels."""
     file, images = getattr(options, f"{kind}labels"), getattr(options, f"{kind}images")
     if not os.path.isdir(images):
         raise UsageError(f"{option_of(f'{kind}images')}: no such folder: {images}")
     how, labels = (like.how, like.labels) if like else (options.reading, None)
-    # Beside torch's own downloads: --output must not be touched before all is known to be right.
-    remembered = Path(torch.hub.get_dir()).parent / "fused_sce" / "checked_pictures.json"
     try:
-        return read_and_check(file, images, how, workers=os.cpu_count() or 1, remembered=remembered, labels=labels)
+        return read_label_file(file, images, how, labels=labels)
     except LabelFileError as error:
         raise UsageError(f"{option_of(f'{kind}labels')}: {error}") from error
 
 
 def load_pictures(options: argparse.Namespace) -> Data:
     """The user's own pictures, a random part of which is kept for validation, and those of the test file."""
-    content, white = read_labels("", options)
+    content = read_labels("", options)
+    files = {f"--labels: {options.labels}": content}
     train_rows, kept_rows = split(content, options)
     chosen = {"train": (content, train_rows), "validation": (content, kept_rows)}
     # By their content: the files may have moved, but must not have changed.
-    sources = {"--labels with sha256": content.sha256, "--labels whose names have sha256": sha256_of(content.labels)}
+    sources: dict[str, object] = {"--labels with sha256": content.sha256}
     if options.test_labels is not None:
-        test, test_white = read_labels("test_", options, content)
-        chosen["test"], white = (test, np.arange(len(test.pictures))), max(white, test_white)
+        test = files[f"--test-labels: {options.test_labels}"] = read_labels("test_", options, content)
+        own = set(map(os.path.realpath, content.pictures))
+        if both := [picture for picture in test.pictures if os.path.realpath(picture) in own]:
+            many = f"{counted(len(both), 'picture')}, such as {both[0]}"
+            raise UsageError(f"--test-labels: {options.test_labels}: names {many}, that --labels names, too")
+        chosen["test"] = test, np.arange(len(test.pictures))
         sources["--test-labels with sha256"] = test.sha256
-    parts: dict[str, PictureSet] = {}
-    for name, (source, rows) in chosen.items():
-        pictures, targets = [source.pictures[row] for row in rows], source.targets[torch.from_numpy(rows)]
-        parts[name] = LabelledPictures(pictures, targets, options.image_size, white)
-        file = f"--test-labels: {options.test_labels}" if name == "test" else f"--labels: {options.labels}"
-        if name == "train" and not (targets != UNKNOWN).any():
+    targets = {name: source.targets[torch.from_numpy(rows)] for name, (source, rows) in chosen.items()}
+    for name, values in targets.items():
+        file = list(files)[name == "test"]
+        if name == "train" and not (values != UNKNOWN).any():
             raise UsageError(f"{file}: no label is known of a picture to train on")
-        if name != "train" and not (targets == 1).any():
-            raise UsageError(f"{file}: none of the {len(rows)} {name} pictures has a 1: there is nothing to measure")
-    return Data(parts, content.labels, white, sources, content.description)
+        if name != "train" and not (values == 1).any():
+            raise UsageError(f"{file}: none of the {len(values)} {name} pictures has a 1: there is nothing to measure")
+    has_none = (targets["train"] != 1).all(dim=0).tolist()
+    if lacking := [shown(label) for label in itertools.compress(content.labels, has_none)]:
+        first = ", ".join(lacking[:5]) + ", …" * (len(lacking) > 5)
+        print(f"note: labels without a positive in the training part ({len(lacking)}): {first}", file=sys.stderr)
+    pos_weight = pos_weight_of(options, content.labels, targets["train"])
+
+    # Last, as it takes longest.
+    pictures = [picture for source in files.values() for picture in source.pictures]
+    lines = [f"{file}: line {line}: picture" for file, source in files.items() for line in source.lines]
+    white = white_of(pictures, [f"{line} {picture}" for line, picture in zip(lines, pictures, strict=True)])
+    parts: dict[str, PictureSet] = {
+        name: LabelledPictures([source.pictures[row] for row in rows], targets[name], options.image_size, white)
+        for name, (source, rows) in chosen.items()
+    }
+    return Data(parts, content.labels, pos_weight, sources | {WHITE: white}, content.description)
 
 
 def split(content: LabelFile, options: argparse.Namespace) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -252,11 +253,9 @@ def split(content: LabelFile, options: argparse.Namespace) -> tuple[npt.NDArray[
         if len(train_rows) < 2:
             raise ValueError
     except ValueError as error:
-        what = "pictures" if content.groups is None else f"groups in column {options.group_column!r}"
-        raise UsageError(
-            f"--labels: {options.labels}: {len(set(groups))} {what}, of which --validation-fraction {fraction:g} is "
-            "kept: too few are left to train on"
-        ) from error
+        what = counted(len(set(groups)), "picture" if content.groups is None else "group")
+        kept = f"of which --validation-fraction {fraction:g} is kept: too few are left to train on"
+        raise UsageError(f"--labels: {options.labels}: {what}, {kept}") from error
     return train_rows, kept_rows
 
 
@@ -267,12 +266,15 @@ class Batches(lightning.LightningDataModule):
         super().__init__()
         self.options, self.data, self.classifier = options, data, classifier
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Take the progress bar off the screen."""
+        self.classifier.bar.close()
+
     def loader(self, pictures: PictureSet, **how: Any) -> DataLoader[Any]:
         """The batches of one part."""
-        options = self.options
+        how |= {"num_workers": self.options.workers, "pin_memory": torch.device(self.options.device).type == "cuda"}
         # With a generator of its own it leaves alone the random numbers that dropout draws.
-        how |= {"num_workers": options.workers, "pin_memory": options.device != "cpu", "generator": torch.Generator()}
-        return DataLoader(pictures, options.batch_size, **how)
+        return DataLoader(pictures, self.options.batch_size, generator=torch.Generator(), **how)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Those of the epoch in random order, new canvases among them: a function of seed and epoch alone."""
@@ -289,79 +291,57 @@ class Batches(lightning.LightningDataModule):
         return self.loader(self.data.parts["validation"])
 
 
-def pos_weight_of(options: argparse.Namespace, data: Data) -> Tensor | None:
-    """The factor of each label's positives, (L,) float32, or None."""
+def pos_weight_of(options: argparse.Namespace, labels: Sequence[str], targets: Tensor) -> Tensor | None:
+    """The factor of each label's positives, (L,) float32, or None; `targets` (N, L) are those of the training part."""
     if options.pos_weight is None:
         return None
     if options.pos_weight != "auto":
-        return read_pos_weight(Path(options.pos_weight), data.labels)
-    train = data.parts["train"]
-    if isinstance(train, LabelledPictures):
-        targets = train.targets
-    else:
-        targets = torch.stack([train[index][1] for index in range(len(train))])
+        return read_pos_weight(Path(options.pos_weight), labels)
     negatives, positives = ((targets == value).sum(dim=0).clamp(min=1) for value in (0, 1))
     return negatives / positives
 
 
 def read_pos_weight(file: Path, labels: Sequence[str]) -> Tensor:
     """The weights in `file`, one row `label,weight` for each of `labels`, in their order, (L,) float32."""
-    weights = dict.fromkeys(labels, math.nan)
-    line = 0  # the last of the row before
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            if next(reader, None) != ["label", "weight"]:
-                raise ValueError("the header must be label,weight")
-            line = reader.line_num
-            for row in filter(None, reader):
-                label, weight = row[0], float(row[1]) if len(row) == 2 else math.nan
-                if not math.isnan(weights.get(label, 0)):
-                    raise ValueError(f"{label!r} is no label of this run, or has a weight already")
-                if not 1e-30 < weight < 1e30:
-                    raise ValueError(f"must be a label and a positive, finite weight, got {','.join(row)}")
-                weights[label], line = weight, reader.line_num
-    except OSError as error:
-        raise UsageError(f"--pos-weight: {file}: cannot be read: {error.strerror}") from error
-    except (ValueError, csv.Error) as error:
-        raise UsageError(f"--pos-weight: {file}: line {line + 1}: {error}") from error
-    lacking = [label for label, weight in weights.items() if math.isnan(weight)]
-    if lacking:
-        raise UsageError(f"--pos-weight: {file}: has no weight for {', '.join(map(repr, lacking[:10]))}")
-    return torch.tensor(list(weights.values()))
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--pos-weight: {file}: cannot be read: {getattr(error, 'strerror', error)}") from error
+    if list(table.columns) != ["label", "weight"]:
+        raise UsageError(f"--pos-weight: {file}: the header must be label,weight")
+    weights = pd.to_numeric(table.set_index("label")["weight"], errors="coerce")
+    given = weights.index
+    wrong = [*given.symmetric_difference(labels), *given[given.duplicated() | ~weights.between(1e-30, 1e30)]]
+    if wrong:
+        needed = "every label of this run, and no other, needs one weight, positive and finite"
+        raise UsageError(f"--pos-weight: {file}: {needed}; see {', '.join(map(repr, wrong[:10]))}")
+    return torch.tensor(weights.loc[list(labels)].to_numpy(np.float32))
 
 
 # --- The run -------------------------------------------------------------------------------------
 
 
-def sha256_of(content: Sequence[object]) -> str:
-    """The SHA-256 of plain values."""
-    return hashlib.sha256(repr(content).encode()).hexdigest()
-
-
-def configuration_of(options: argparse.Namespace, data: Data, pos_weight: Tensor | None) -> dict[str, Any]:
+def configuration_of(options: argparse.Namespace, data: Data) -> dict[str, Any]:
     """What decides the result, by the name under which a user knows it."""
     names = ["arch", "pretrained", "loss", "epochs", "batch_size", "learning_rate", "seed"]
     names += ["image_size", "train_canvases", "test_canvases", "validation_fraction", *asdict(options.reading)]
     configuration = {option_of(name): getattr(options, name) for name in names}
-    digest = None if pos_weight is None else sha256_of(pos_weight.tolist())
+    digest = None if data.pos_weight is None else hashlib.sha256(data.pos_weight.numpy().tobytes()).hexdigest()
     return configuration | {"--pos-weight with sha256": digest} | data.sources
 
 
 def make_trainer(options: argparse.Namespace, device: torch.device) -> lightning.Trainer:
     """Lightning's loop, quiet and without files of its own."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", module=r"lightning\.")
     return lightning.Trainer(
         accelerator=device.type,
         devices=1 if device.type == "cpu" else [device.index or 0],
-        # It would else take that of a cluster's job for several processes.
+        # It would otherwise take that of a cluster's job for several processes.
         plugins=[WholeCheckpoints(), LightningEnvironment()],
         max_epochs=options.epochs,
         reload_dataloaders_every_n_epochs=1,
         deterministic="warn" if device.type == "cuda" else None,
-        benchmark=False,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,  # the classifier does it
@@ -375,27 +355,25 @@ def train(options: argparse.Namespace) -> None:
     complete_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = open_device(options.device)
-    data = load_canvases(options) if options.images is None else load_pictures(options)
-    pos_weight = pos_weight_of(options, data)
-    configuration = configuration_of(options, data, pos_weight)
+    trainer = make_trainer(options, open_device(options.device))
     file, resume = options.output / "checkpoint.pt", options.resume
-    if resume is None:
-        classifier = Classifier(configuration, data.labels, data.white, pos_weight=pos_weight, checkpoint_file=file)
+    checkpoint = None if resume is None else read_checkpoint(resume, OF_THE_RUN)
+    data = load_canvases(options) if options.images is None else load_pictures(options)
+    configuration, further = configuration_of(options, data), {"pos_weight": data.pos_weight, "checkpoint_file": file}
+    if checkpoint is None:
+        classifier = Classifier(configuration, data.labels, **further)
     else:
-        checkpoint = read_checkpoint(resume, OF_THE_RUN)
-        check_configuration(resume, checkpoint["configuration"], configuration)
-        classifier = Classifier.trained(checkpoint, resume, pos_weight=pos_weight, checkpoint_file=file)
-        for name, value in sorted(checkpoint["environment"].items() - environment(device).items()):
-            print(f"note: {resume} was written with {name} {value}: the last bits may differ", file=sys.stderr)
+        classifier = Classifier.trained(checkpoint, resume, trainer, **further)
+        check_configuration(resume, classifier.configuration, configuration)
     options.output.mkdir(parents=True, exist_ok=True)
-    if not os.access(options.output, os.W_OK | os.X_OK):
-        raise UsageError(f"--output: {options.output}: not writable")
+    if resume != file:
+        for name in REPORT:  # that of another run must not stand beside this one's checkpoint
+            (options.output / name).unlink(missing_ok=True)
 
     counts = ", ".join(f"{len(part)} {name}" for name, part in data.parts.items())
     print(data.description, f"{counts} pictures; {options.arch}, {options.loss} loss", sep="\n")
     print(TABLE_HEADER, *(TABLE_ROW.format(**asdict(record)) for record in classifier.history), sep="\n")
-    trainer, batches = make_trainer(options, device), Batches(options, data, classifier)
+    batches = Batches(options, data, classifier)
     trainer.fit(classifier, datamodule=batches, ckpt_path=resume)
     # A run that was resumed after its last epoch has looked at nothing.
     if "test" in data.parts or classifier.evaluation is None:
@@ -416,8 +394,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         train(options)
-    except (UsageError, PictureError) as error:
+    except (UsageError, LabelFileError) as error:
         parser.error(str(error))
+    except PictureError as error:  # in the training, a worker process puts its traceback before
+        parser.error(str(error).rpartition("PictureError: ")[2].strip())
     except CheckpointError as error:
         parser.error(f"--resume: {error}")
     except SIGTERMException:  # Lightning ends the batch, and would exit as if all were done

@@ -147,14 +147,13 @@ def test_a_dataset_gives_pictures_and_targets(tmp_path: Path) -> None:
 # --- Checking ------------------------------------------------------------------------------------
 
 
-def test_white_is_that_of_12_bits_only_if_it_is_so_for_all(tmp_path: Path) -> None:
-    files = [tmp_path / f"{name}.png" for name in "abc"]
+def test_white_is_the_smallest_that_no_picture_exceeds(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(4)]
     Image.new("RGB", (2, 2), "white").save(files[0])
-    grey(0, 4095).save(files[1])
-    grey(0, 4096).save(files[2])
-    assert check_pictures(files[:2], workers=0, remembered=None) == (4095, [])
-    assert check_pictures(files, workers=0, remembered=None) == (65535, [])
-    assert check_pictures([], workers=0, remembered=None) == (4095, [])
+    for file, highest in zip(files[1:], (255, 4095, 4096), strict=True):
+        grey(0, highest).save(file)
+    for count, white in enumerate((255, 255, 255, 4095, 65535)):
+        assert check_pictures(files[:count], workers=0, remembered=None) == (white, [])
 
 
 def huge_png() -> bytes:
@@ -191,7 +190,7 @@ def test_broken_files_are_problems_and_no_exceptions(tmp_path: Path) -> None:
         assert expected in problem
         assert len(problem) > 10
     assert "No such file" in problems[-1][1]
-    assert white == 4095
+    assert white == 255
 
 
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
@@ -234,7 +233,7 @@ def test_only_new_and_changed_pictures_are_checked_again(tmp_path: Path, monkeyp
     assert check_again() == ["b.png", "c.png"]
     # Another set does not make it forget this one.
     Image.new("L", (1, 1)).save(tmp_path / "d.png")
-    assert check_pictures([tmp_path / "d.png"], workers=0, remembered=memory) == (4095, [])
+    assert check_pictures([tmp_path / "d.png"], workers=0, remembered=memory) == (255, [])
     assert check_again() == ["c.png"]
     assert len(json.loads(memory.read_text())) == 3  # a, b and d
     assert os.listdir(memory.parent) == ["memory.json"]
@@ -242,7 +241,7 @@ def test_only_new_and_changed_pictures_are_checked_again(tmp_path: Path, monkeyp
     grey(5000).save(tmp_path / "d.png")
     assert check_pictures([tmp_path / "d.png"], workers=0, remembered=memory) == (65535, [])
     (tmp_path / "d.png").write_bytes(b"")
-    assert check_pictures([tmp_path / "d.png"], workers=0, remembered=memory)[0] == 4095
+    assert check_pictures([tmp_path / "d.png"], workers=0, remembered=memory)[0] == 255
     # Whatever else it holds counts for nothing.
     for nonsense in ("", "{", "[]", '{"a": 1}', "null", "\0", json.dumps({str(files[0]): [1, 2, "x"]})):
         memory.write_text(nonsense)

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -96,6 +97,15 @@ def test_leaves_checkpoint_metrics_and_pictures(uninterrupted: Path) -> None:
     assert metrics["epochs"][-1]["validation_loss"] == metrics["test_loss"]
     shares = [label["positives"] / label["known"] for label in metrics["labels"] if label["positives"]]
     assert metrics["base_rate"] == pytest.approx(sum(shares) / len(shares))
+    # The learning rates of the last steps; the schedule itself is then one step further.
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=example.LEARNING_RATE, total_steps=8)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert [epoch["learning_rate"] for epoch in metrics["epochs"]] == pytest.approx([rates[3], rates[7]])
     assert len(json.loads((uninterrupted / "timing.json").read_text())["seconds_per_epoch"]) == 2
 
 
@@ -158,8 +168,8 @@ def test_the_losses_are_sums_over_known_labels() -> None:
 def test_a_step_divides_by_the_known_labels_and_never_by_zero() -> None:
     options = example.make_parser().parse_args(TINY)
     example.complete_options(options)
-    configuration = example.configuration_of(options, example.load_canvases(options), None)
-    module = classifier.Classifier(configuration, ["a", "b"], 255).eval()
+    configuration = example.configuration_of(options, example.load_canvases(options))
+    module = classifier.Classifier(configuration, ["a", "b"]).eval()
     pictures = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
     one, none = (torch.tensor([targets], dtype=torch.int8) for targets in ([1, -1], [-1, -1]))
     alone, twice, unknown = (
@@ -173,10 +183,13 @@ def test_a_step_divides_by_the_known_labels_and_never_by_zero() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "checkpoint.pt").write_text("previous")
+    for name in ("checkpoint.pt", *REPORT):
+        (tmp_path / name).write_text("previous")
     monkeypatch.setitem(classifier.LOSSES, "torch", lambda x, t, pos_weight: x.sum() * float("nan"))
     with pytest.raises(SystemExit, match=r"train loss is no longer finite in epoch 1: nan.*--learning-rate"):
         run(tmp_path, *TINY, "--loss", "torch")
+    # The report of the run before goes at once: it would stand beside a checkpoint of this run.
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
     assert (tmp_path / "checkpoint.pt").read_text() == "previous"
 
 
@@ -296,6 +309,20 @@ def test_refuses_what_is_no_checkpoint(
     whole["state_dict"][name] = bias[:-1]
     torch.save(whole, file)
     assert f"size mismatch for {name}" in error_of(capsys, *options)
+    whole["state_dict"][name] = bias
+    for key, wrong in {
+        "configuration": [],
+        "thresholds": torch.zeros(3),
+        "history": [{"epoch": 1}],
+        "environment": "cpu",
+        "loops": {"fit_loop": {}},
+        "optimizer_states": [],
+    }.items():
+        torch.save(whole | {key: wrong}, file)
+        assert f"--resume: {file}: its parts do not fit together: " in error_of(capsys, *options), key
+    configuration = whole["configuration"] | {"grey value of white": 4095}
+    torch.save(whole | {"configuration": configuration}, file)
+    assert "was written with grey value of white 4095, not 255" in error_of(capsys, *options)
     assert os.listdir(tmp_path) == ["bad.pt"]
 
 
@@ -377,6 +404,10 @@ def test_thresholds_have_the_best_f1_of_all() -> None:
     evaluation = run_report.Evaluation(0.0, logits, targets)
     best = run_report.best_thresholds(evaluation)
     assert best[2] == 0
+    for index, m in enumerate(run_report.label_metrics(evaluation, "abc", best)[:2]):
+        truth, of_label = evaluation.of_label(index)
+        of_sklearn = precision_recall_fscore_support(truth, of_label >= best[index].numpy(), average="binary")
+        assert (m.precision, m.recall, m.f1) == pytest.approx(of_sklearn[:3])
     for label in (0, 1):
         scores = {
             float(logit): run_report.label_metrics(evaluation, "abc", torch.full((3,), float(logit)))[label].f1
@@ -384,6 +415,13 @@ def test_thresholds_have_the_best_f1_of_all() -> None:
         }
         assert run_report.label_metrics(evaluation, "abc", best)[label].f1 == max(scores.values())
         assert float(best[label]) not in scores
+
+
+def test_a_label_that_is_ranked_badly_is_not_predicted_on_everything() -> None:
+    logits = torch.arange(40, dtype=torch.float32).view(40, 1).repeat(1, 2) - 50
+    targets = torch.zeros(40, 2, dtype=torch.int8)
+    targets[5, 0] = targets[36, 1] = 1  # F1 of 2 / 36 and of 2 / 5
+    assert run_report.best_thresholds(run_report.Evaluation(0.0, logits, targets)).tolist() == [0, -14.5]
 
 
 def test_the_table_of_many_labels_is_short() -> None:
@@ -416,9 +454,9 @@ LONG = "x" * 5000
     [
         (["--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got '0'"),
         (["--batch-size", "1.5"], "argument --batch-size: must be a whole number of at least 2"),
-        (["--learning-rate", "-1"], "argument --learning-rate: must be a number above 0"),
-        (["--learning-rate", "nan"], "argument --learning-rate: must be a number above 0"),
-        (["--seed", "4294967296"], "--seed must be below 2**32, got 4294967296"),
+        (["--learning-rate", "-1"], "argument --learning-rate: must be a number of at least 1e-12 and below 10"),
+        (["--learning-rate", "nan"], "argument --learning-rate: must be a number of at least 1e-12"),
+        (["--seed", "4294967296"], "--seed: must be a whole number of at least 0 and below 4294967296, got"),
         (["--loss", "mse"], "argument --loss: invalid choice: 'mse'"),
         (["--loss", "focal", "--pos-weight", "auto"], "--pos-weight does not go with --loss focal"),
         (["--pos-weight", "gone.csv"], "--pos-weight: gone.csv: cannot be read: No such file"),
@@ -438,7 +476,8 @@ LONG = "x" * 5000
         (["--images", ".", "--labels", "x.csv", "--test-images", "."], "--test-images needs --test-labels"),
         (["--validation-fraction", "0.5"], "--validation-fraction needs --images and --labels"),
         (["--group-column", "patient"], "--group-column needs --images and --labels"),
-        (["--output", "file", "--train-canvases", "2"], "--output: file: File exists"),
+        (["--output", "file", "--train-canvases", "2"], "--output: file: file is not a folder, or not writable"),
+        (["--output", "file/new"], "--output: file/new: file is not a folder, or not writable"),
     ],
 )
 def test_refuses_bad_options(
@@ -474,7 +513,7 @@ def test_weights_of_positives_are_computed_and_read(tmp_path: Path, capsys: pyte
     options = example.make_parser().parse_args([*TINY, "--pos-weight", "auto"])
     example.complete_options(options)
     data = example.load_canvases(options)
-    weights = example.pos_weight_of(options, data)
+    weights = data.pos_weight
     targets = torch.stack([data.parts["train"][index][1] for index in range(16)])
     for label in range(10):
         positives = int(targets[:, label].sum())
@@ -483,18 +522,17 @@ def test_weights_of_positives_are_computed_and_read(tmp_path: Path, capsys: pyte
     file = tmp_path / "weights.csv"
     file.write_text('label,weight\n"two\nlines",2\nb,0.5\n')
     assert example.read_pos_weight(file, ["b", "two\nlines"]).tolist() == [0.5, 2]
+    every = "every label of this run, and no other, needs one weight, positive and finite; see "
     for text, expected in {
-        "label;weight\n": "line 1: the header must be label,weight",
-        '"two\nlines",2\nc,1\n': "line 4: 'c' is no label of this run, or has a weight already",
-        "b,1\nb,2\n": "line 3: 'b' is no label of this run, or has a weight already",
-        "b,-1\n": "line 2: must be a label and a positive, finite weight, got b,-1",
-        "b,inf\n": "line 2: must be a label and a positive, finite weight, got b,inf",
-        "b,nan\n": "line 2: must be a label and a positive, finite weight, got b,nan",
-        "b\n": "line 2: must be a label and a positive, finite weight, got b",
-        "b,one\n": "line 2: could not convert string to float: 'one'",
-        "b,1\n": "has no weight for 'two\\nlines'",
+        "label;weight\n": "the header must be label,weight",
+        "label,weight\nb,1\nb,2,3\n": "cannot be read: Error tokenizing data",
+        "": "cannot be read: No columns to parse from file",
+        'label,weight\n"two\nlines",2\nb,1\nc,1\n': every + "'c'",
+        'label,weight\n"two\nlines",2\nb,1\nb,2\n': every + "'b'",
+        "label,weight\nb,1\n": every + "'two\\nlines'",
+        **dict.fromkeys(["-1", "0", "inf", "nan", "one", " "], every + "'b'"),
     }.items():
-        file.write_text(text if text.startswith("label") else "label,weight\n" + text)
+        file.write_text(f'label,weight\n"two\nlines",2\nb,{text}\n' if text and len(text) < 5 else text)
         with pytest.raises(classifier.UsageError, match="--pos-weight: ") as caught:
             example.read_pos_weight(file, ["b", "two\nlines"])
-        assert str(caught.value) == f"--pos-weight: {file}: {expected}"
+        assert str(caught.value).startswith(f"--pos-weight: {file}: {expected}")
