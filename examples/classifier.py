@@ -9,7 +9,6 @@ import difflib
 import functools
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ import torchvision
 from label_file import UNKNOWN
 from pictures import WHITE, WHITES
 from run_checkpoint import CheckpointError
-from run_report import EpochRecord, Evaluation, best_thresholds, label_metrics, mean_average_precision
+from run_report import TABLE_ROW, EpochRecord, Evaluation, best_thresholds, label_metrics, mean_average_precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -79,10 +78,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 
-# --- The losses ----------------------------------------------------------------------------------
-#
-# Each takes logits (B, L) float32, targets (B, L) int8, 1, 0 or UNKNOWN, and pos_weight, factors of positives (L,) or
-# None. It returns the sum over the known labels: a mean by torch would count an unknown one as perfectly predicted.
+# Each loss takes logits (B, L) float32, targets (B, L) int8 (1, 0 or UNKNOWN) and pos_weight (L,) or None. It returns
+# the sum over the known labels: a mean by torch would count an unknown one as perfectly predicted.
 
 
 def naive_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None) -> Tensor:
@@ -108,8 +105,6 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "focal": functools.partial(fused_sce.functional.sigmoid_focal_loss, **OURS),
     "asymmetric": functools.partial(fused_sce.functional.asymmetric_loss, **OURS),
 }
-
-# --- The model -----------------------------------------------------------------------------------
 
 
 def build_model(configuration: Mapping[str, Any], label_count: int, *, initial: bool) -> nn.Module:
@@ -141,15 +136,6 @@ def build_model(configuration: Mapping[str, Any], label_count: int, *, initial: 
         raise UsageError(f"--arch {arch} cannot take pictures of --image-size {image_size}: {error}") from error
     # The layout in which convolutions are fastest, those of a ResNet-18 on 48x48 pixels on a CPU by up to 1.4 times.
     return model.to(memory_format=torch.channels_last)
-
-
-# --- Training and testing ------------------------------------------------------------------------
-
-TABLE_HEADER = "epoch  learning rate  train loss  validation loss     mAP  seconds"
-TABLE_ROW = (
-    "{epoch:>5}  {learning_rate:>13.2e}  {train_loss:>10.4f}  {validation_loss:>15.4f}"
-    "  {mean_average_precision:>6.4f}  {seconds:>7.1f}"
-)
 
 
 class Classifier(lightning.LightningModule):
@@ -186,10 +172,8 @@ class Classifier(lightning.LightningModule):
         self.bar = tqdm(disable=True)
 
     @classmethod
-    def trained(
-        cls, checkpoint: Mapping[str, Any], file: Path, trainer: lightning.Trainer | None = None, **further: Any
-    ) -> Classifier:
-        """The classifier of a checkpoint, for `trainer` to go on with; CheckpointError if its parts do not fit."""
+    def trained(cls, checkpoint: Mapping[str, Any], file: Path, **further: Any) -> Classifier:
+        """The classifier of a checkpoint; CheckpointError if its parts do not fit."""
         try:
             configuration = checkpoint["configuration"]
             if configuration[WHITE] not in WHITES:
@@ -197,16 +181,6 @@ class Classifier(lightning.LightningModule):
             classifier = cls(configuration, checkpoint["labels"], initial=False, **further)
             classifier.load_state_dict(checkpoint["state_dict"])
             classifier.on_load_checkpoint(checkpoint)
-            if trainer is not None:
-                # Lightning loads them when the training begins: this is a trial.
-                loop = checkpoint["loops"]["fit_loop"]
-                trainer.fit_loop.load_state_dict(loop)
-                if (epochs := loop["epoch_progress"]["current"]["processed"]) != len(classifier.history):
-                    raise ValueError(f"{epochs} epochs were trained, {len(classifier.history)} recorded")
-                torch.optim.AdamW(classifier.model.parameters()).load_state_dict(checkpoint["optimizer_states"][0])
-                for name, value in environment(trainer.strategy.root_device).items():
-                    if (before := checkpoint["environment"][name]) != value:
-                        print(f"note: {file} was written with {name} {before}: last bits may differ", file=sys.stderr)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, UsageError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise CheckpointError(f"{file}: its parts do not fit together: {reason}") from error
@@ -241,7 +215,7 @@ class Classifier(lightning.LightningModule):
         # In float64 and on the device: exact enough to compare runs, and no step waits for it.
         self._train_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         batches = int(self.trainer.num_training_batches + sum(self.trainer.num_val_batches))
-        self.bar = tqdm(desc=f"epoch {self.current_epoch + 1}", total=batches, unit="batch", leave=False, mininterval=1)
+        self.bar = tqdm(desc=f"epoch {self.current_epoch + 1}", total=batches, unit="batch", leave=False, disable=None)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The mean loss over the known labels of a batch; 0 if there are none."""

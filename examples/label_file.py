@@ -260,7 +260,11 @@ class _Table:
         if how.uncertain is not None:
             raise self.error(f"--uncertain: {_shown(name)} holds tags, where -1 means nothing")
         cells = self.cells[columns[0]].reset_index(drop=True)
-        separator = how.separator or next((mark for mark in "|;," if cells.str.contains(mark, regex=False).any()), " ")
+        # With a tag a row, and several rows of a picture, a space is part of a tag.
+        marks = "|;,\0" if self.cells[0].duplicated().any() else "|;, "
+        separator = how.separator or next(
+            (mark for mark in marks if cells.str.contains(mark, regex=False).any()), marks[3]
+        )
         unknown = (cells == how.ignore).to_numpy()
         tags = cells[~unknown & (cells != how.negative)].str.split(separator, regex=False).explode().str.strip()
         tags = tags[~tags.isin(["", how.negative, how.ignore])]
@@ -274,8 +278,8 @@ class _Table:
         targets[tags.index[codes >= 0], codes[codes >= 0]] = 1
         targets[unknown] = UNKNOWN
         self.how = replace(how, label_column=name, separator=separator)
-        between = "spaces" if separator == " " else repr(separator)
-        return names, targets, f"tags of column {_shown(name)}, separated by {between}"
+        between = {" ": "separated by spaces", "\0": "one a row"}.get(separator, f"separated by {separator!r}")
+        return names, targets, f"tags of column {_shown(name)}, {between}"
 
     def read_values(self, columns: Sequence[int], labels: Labels) -> tuple[list[str], np.ndarray, str]:
         """The same for columns of values."""
@@ -292,7 +296,8 @@ class _Table:
         targets = meant[codes].reshape(cells.shape)
         for row, label in np.argwhere(targets == WRONG):
             value = cells[row, label]
-            wrong = f"must be 0, 1 or empty, got {_shown(value)} (or see --labels-from and --label-column)"
+            options = "--label-column, --labels-from, --group-column, --ignore"
+            wrong = f"must be 0, 1 or empty, got {_shown(value)} (or see {options})"
             if _plain(value) == -1:
                 wrong = "is -1: say what it means, with --uncertain ignore, positive or negative, or with --negative -1"
             self.report(row, f"{_shown(names[label])} {wrong}")

@@ -80,7 +80,8 @@ def check_pictures(
     with ProcessPoolExecutor(workers or 1) as pool:  # starts no process before it has work
         in_processes = workers > 0 and len(new) >= CHUNK
         results = pool.map(_check, unchecked, chunksize=CHUNK) if in_processes else map(_check, unchecked)
-        results = tqdm(results, desc="checking pictures", total=len(new), unit="picture", leave=False)
+        how = {"total": len(new), "unit": "picture", "leave": False, "disable": None if new else True}
+        results = tqdm(results, desc="checking pictures", **how)
         try:
             for index, (highest, problem) in zip(new, results, strict=True):
                 if problem:

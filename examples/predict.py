@@ -51,7 +51,7 @@ def predict(classifier: Classifier, pictures: Sequence[Path], batch_size: int) -
     size, white = (classifier.configuration[name] for name in ("--image-size", WHITE))
     white_of(pictures, [f"picture {picture}" for picture in pictures])  # a broken one is named before the work
     data = LabelledPictures(pictures, torch.zeros(len(pictures), 0), size, white)
-    bar = tqdm(DataLoader(data, batch_size=batch_size), unit="batch", leave=False)
+    bar = tqdm(DataLoader(data, batch_size=batch_size), unit="batch", leave=False, disable=None)
     return torch.cat([classifier(batch.to(classifier.device)).cpu() for batch, _ in bar])
 
 

@@ -59,8 +59,7 @@ def read_checkpoint(file: Path, needed: Iterable[str]) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     except Exception as error:  # of many kinds, on files of other programs
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{file}: is not a checkpoint of this program: {reason}") from error
+        raise CheckpointError(f"{file}: is not a checkpoint of this program") from error
     lacking = [key for key in needed if not isinstance(content, dict) or key not in content]
     if lacking:
         raise CheckpointError(f"{file}: is not a checkpoint of this program: it has no {', '.join(lacking)}")

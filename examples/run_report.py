@@ -77,6 +77,13 @@ class EpochRecord:
     seconds: float
 
 
+TABLE_HEADER = "epoch  learning rate  train loss  validation loss     mAP  seconds"
+TABLE_ROW = (
+    "{epoch:>5}  {learning_rate:>13.2e}  {train_loss:>10.4f}  {validation_loss:>15.4f}"
+    "  {mean_average_precision:>6.4f}  {seconds:>7.1f}"
+)
+
+
 @dataclass(frozen=True)
 class LabelMetrics:
     """How well one label is predicted, over the `known` pictures whose value for it is known.

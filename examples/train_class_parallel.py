@@ -12,6 +12,7 @@ At the end the first process does the same training alone, and the two are compa
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -93,12 +94,10 @@ def run(options: argparse.Namespace, device: torch.device) -> bool:
         own = head.weight.to_local().shape[0]
         print(f"{options.labels} labels on {processes} processes ({device.type}), {own} on the first", flush=True)
 
-    def place(targets: Tensor) -> Tensor:
-        # Every process has them all (src_data_rank=None: nothing is sent) and keeps those of its labels.
-        return distribute_tensor(targets, mesh, [Shard(-1)], src_data_rank=None)
-
     losses = []
-    for step, loss in enumerate(train(head, options, device, place), start=1):
+    # Every process has all targets (src_data_rank=None: nothing is sent) and keeps those of its labels.
+    shard = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(-1)], src_data_rank=None)
+    for step, loss in enumerate(train(head, options, device, shard), start=1):
         losses.append(loss)
         if first:
             print(f"step {step:3d}  loss {loss:.6f}", flush=True)

@@ -40,7 +40,7 @@ import numpy.typing as npt
 import pandas as pd
 import predict
 import torch
-from classifier import LOSSES, TABLE_HEADER, TABLE_ROW, Classifier, UsageError, check_arch, number, open_device
+from classifier import LOSSES, Classifier, UsageError, check_arch, environment, number, open_device
 from digit_canvases import LABELS as DIGIT_LABELS
 from digit_canvases import DigitCanvases
 from label_file import UNKNOWN, LabelFile, LabelFileError, add_options, counted, read_label_file, reading_of
@@ -48,7 +48,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pictures import WHITE, WHITES, LabelledPictures, PictureError, white_of
 from run_checkpoint import OF_THE_RUN, CheckpointError, WholeCheckpoints, check_configuration, read_checkpoint
-from run_report import REPORT, label_table, mean_average_precision, shown, write_report
+from run_report import REPORT, TABLE_HEADER, TABLE_ROW, label_table, mean_average_precision, shown, write_report
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -65,13 +65,11 @@ CANVAS_SIZE = 48
 PICTURE_SIZE = 224  # what torchvision's models were designed and pretrained for
 VALIDATION_FRACTION = 0.2
 
-# --- The options ---------------------------------------------------------------------------------
-
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; a default that depends on other options is None until they are known."""
-    usage = "train_multilabel_resnet.py predict CHECKPOINT PICTURES... predicts the labels of pictures."
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], epilog=usage, allow_abbrev=False)
+    usage = "%(prog)s [OPTIONS], which --help lists, or %(prog)s predict CHECKPOINT PICTURES"
+    parser = argparse.ArgumentParser(usage=usage, description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument_group("model and loss").add_argument
     add("--arch", default="resnet18", help="any torchvision classifier (resnet18)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
@@ -151,8 +149,6 @@ def option_of(name: str) -> str:
     """The option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"
 
-
-# --- The data ------------------------------------------------------------------------------------
 
 PictureSet = DigitCanvases | LabelledPictures
 
@@ -318,9 +314,6 @@ def read_pos_weight(file: Path, labels: Sequence[str]) -> Tensor:
     return torch.tensor(weights.loc[list(labels)].to_numpy(np.float32))
 
 
-# --- The run -------------------------------------------------------------------------------------
-
-
 def configuration_of(options: argparse.Namespace, data: Data) -> dict[str, Any]:
     """What decides the result, by the name under which a user knows it."""
     names = ["arch", "pretrained", "loss", "epochs", "batch_size", "learning_rate", "seed"]
@@ -355,7 +348,8 @@ def train(options: argparse.Namespace) -> None:
     complete_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    trainer = make_trainer(options, open_device(options.device))
+    device = open_device(options.device)
+    trainer = make_trainer(options, device)
     file, resume = options.output / "checkpoint.pt", options.resume
     checkpoint = None if resume is None else read_checkpoint(resume, OF_THE_RUN)
     data = load_canvases(options) if options.images is None else load_pictures(options)
@@ -363,8 +357,10 @@ def train(options: argparse.Namespace) -> None:
     if checkpoint is None:
         classifier = Classifier(configuration, data.labels, **further)
     else:
-        classifier = Classifier.trained(checkpoint, resume, trainer, **further)
+        classifier = Classifier.trained(checkpoint, resume, **further)
         check_configuration(resume, classifier.configuration, configuration)
+        for name, value in dict(checkpoint["environment"]).items() - environment(device).items():
+            print(f"note: {resume} was written with {name} {value}: last bits may differ", file=sys.stderr)
     options.output.mkdir(parents=True, exist_ok=True)
     if resume != file:
         for name in REPORT:  # that of another run must not stand beside this one's checkpoint

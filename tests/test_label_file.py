@@ -244,8 +244,13 @@ def test_the_rows_of_a_picture_are_united(read: Read) -> None:
     assert names(content) == ["b.png", "a.png"]
     assert content.targets.tolist() == [[1, 0], [-1, 0]]
     assert content.lines == (2, 3)
-    content = read("file,tags", "a.png,x y", "b.png,z", "a.png,z", "a.png,")
-    assert content.targets.tolist() == [[1, 1, 1], [0, 0, 1]]
+    lines = ["file,tags", "a.png,x y", "b.png,z", "a.png,z", "a.png,"]
+    assert read(*lines, separator=" ").targets.tolist() == [[1, 1, 1], [0, 0, 1]]
+    # A picture has several rows, so a row may be one tag, of two words.
+    content = read(*lines)
+    assert content.labels == ("x y", "z")
+    assert content.targets.tolist() == [[1, 1], [0, 1]]
+    assert content.description.endswith("one a row")
 
 
 def test_the_rows_of_a_picture_must_not_contradict_each_other(read: Read) -> None:
@@ -297,7 +302,9 @@ def test_refuses_a_bad_label_file(lines: list[str], expected: str, read: Read, t
 
 
 def test_refuses_columns_that_hold_no_labels(read: Read) -> None:
-    expected = "line 2: 'age' must be 0, 1 or empty, got '58' (or see --labels-from and --label-column)"
+    expected = (
+        "line 2: 'age' must be 0, 1 or empty, got '58' (or see --label-column, --labels-from, --group-column, --ignore)"
+    )
     assert expected in refusal(read, "file,cat,age", "a.png,1,58", "b.png,0,1")
     message = refusal(read, *NIH, label_column="Findings")
     assert "--label-column 'Findings': no columns have this name, of 'Finding Labels', 'Follow-up #'" in message

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("PIL")
-pytest.importorskip("tqdm")
+pytest.importorskip("torchvision")
+pytest.importorskip("lightning")
 import pictures
 from pictures import LabelledPictures, PictureError, as_seen, check_pictures
 from PIL import Image

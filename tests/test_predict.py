@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("torchvision")
 import label_file
@@ -24,6 +23,7 @@ import predict
 import run_report
 import train_multilabel_resnet as example
 from matplotlib import pyplot as plt
+from PIL import Image
 
 # Whatever matplotlib, a format string, a table or CSV could stumble over.
 NAMES = ["$x$ & $", "_hidden", "100% {a}", "\N{CJK UNIFIED IDEOGRAPH-732B}", "a" * 500, 'two\nlines, "quoted"']

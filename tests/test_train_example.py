@@ -24,8 +24,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.metrics import precision_recall_fscore_support
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -34,6 +32,8 @@ import classifier  # noqa: E402
 import digit_canvases  # noqa: E402
 import run_report  # noqa: E402
 import train_multilabel_resnet as example  # noqa: E402
+from PIL import Image  # noqa: E402
+from sklearn.metrics import precision_recall_fscore_support  # noqa: E402
 
 # Two epochs of four steps: the smallest run that has a middle of its second epoch. The model is small, and has batch
 # norm and dropout; more threads make nothing so small faster, and much slower where the cores are busy.
@@ -314,9 +314,6 @@ def test_refuses_what_is_no_checkpoint(
         "configuration": [],
         "thresholds": torch.zeros(3),
         "history": [{"epoch": 1}],
-        "environment": "cpu",
-        "loops": {"fit_loop": {}},
-        "optimizer_states": [],
     }.items():
         torch.save(whole | {key: wrong}, file)
         assert f"--resume: {file}: its parts do not fit together: " in error_of(capsys, *options), key

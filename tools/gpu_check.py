@@ -40,7 +40,14 @@ BUDGET = 540.0  # seconds for all steps
 # Seconds reserved for the benchmark: four groups of 6 seconds, and torch.compile before the first.
 BENCHMARK = 110.0
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OTHER_TESTS = ("example", "recipes", "heads")  # they test models: more packages, no GPU
+OTHER_TESTS = (
+    "example",
+    "recipes",
+    "heads",
+    "label_file",
+    "pictures",
+    "predict",
+)  # they test models: more packages, no GPU
 
 Report = dict[str, Any]
 
