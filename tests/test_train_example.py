@@ -114,7 +114,7 @@ def test_prints_its_table_and_no_warnings(uninterrupted: Path) -> None:
     table = [line for line in printed.replace("\r", "\n").splitlines() if line.strip() and "batch/s" not in line]
     assert table[0] == "canvases of digits, 10 labels"
     assert table[1] == "16 train, 12 validation pictures; mobilenet_v3_small, fused loss"
-    assert table[2] == classifier.TABLE_HEADER
+    assert table[2] == run_report.TABLE_HEADER
     assert [line.split()[0] for line in table[3:6]] == ["1", "2", "label"]
     assert table[-1].startswith("mAP ")
     assert len(table) == 5 + 1 + 10 + 1
