@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: what each thread does, run on the CPU, and what nvcc makes of the rest."""
+"""The CUDA kernels without a GPU: what each thread does, run on the CPU, and the machine code that nvcc has made."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def library() -> Path:
     """The CUDA kernels as they were built, for every generation of GPUs."""
     built = Path(fused_sce.__file__).parent / "libfused_sce_cuda.so"
     if not built.exists():
-        pytest.skip("built without CUDA kernels")
+        pytest.skip("no CUDA kernels were built: `python -m fused_sce` and the build say why")
     try:
         count_instructions.cuobjdump()
-    except FileNotFoundError as error:
+    except FileNotFoundError as error:  # a wheel with CUDA kernels under a torch without CUDA
         pytest.skip(str(error))
     return built
 

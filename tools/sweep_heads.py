@@ -9,7 +9,7 @@ computes with numbers as it is built) from its configuration, without weights, a
     replaced   if every output of a forward pass, in training and in evaluation mode, then has LABELS outputs
     refused    if replace_head raises ValueError, and the model is unchanged
     broken     otherwise
-    not built  if the library itself cannot build or run it here, whether anything is replaced or not
+    not built  if the library itself cannot build it, or run it as built, here
 
 The exit status is 1 if any is broken.
 """
