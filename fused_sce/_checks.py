@@ -22,6 +22,10 @@ _OTHERS = (*_LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int
 
 # The factors of a loss, and what else broadcasts to the logits, with the dtypes of each.
 _FACTORS = {"weight": _OTHERS, "pos_weight": _OTHERS, "mask": (torch.bool,), "label_alpha": _LOGITS, "prior": _LOGITS}
+
+TARGET_FORMATS = ("dense", "class_index", "packed", "index_list")
+"""Of our own losses; a sparse target has its own."""
+
 PUBLIC_NAMES = {"label_alpha": "alpha", "prior": "smoothing_prior"}
 """What users call these tensors of the op."""
 

@@ -7,30 +7,17 @@ t sigmoid(-x)`, both within 2 units in the last place (ULP) in float32 for t = 0
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
-from fused_sce import _autograd, _library, _sharding, reference
-from fused_sce._checks import PUBLIC_NAMES, check_reduction, check_targets, check_tensors, parts_of_sparse
+from fused_sce import _autograd
+from fused_sce._calls import COUNTED, Call, loss_function
+from fused_sce._checks import TARGET_FORMATS, check_reduction, parts_of_sparse
 from fused_sce._register import autocast_dtype
-from fused_sce._torch_private import (
-    is_differentiating,
-    is_exporting_to_onnx,
-    is_forward_mode,
-    is_plain_eager,
-    is_tracing,
-    is_transforming,
-    legacy_reduction,
-    refuse_torchscript,
-)
+from fused_sce._torch_private import legacy_reduction
 
 __all__ = [
     "asymmetric_loss",
@@ -40,13 +27,8 @@ __all__ = [
     "sigmoid_focal_loss",
 ]
 
-Arguments = ParamSpec("Arguments")
-
 REDUCTIONS = ("mean", "sum", "none", "sum_classes")
 """Of the losses that are not torch's."""
-
-TARGET_FORMATS = ("dense", "class_index", "packed", "index_list")
-"""Of these losses; a sparse target has its own."""
 
 _NO_FOCUS = (0.0, 0.0, 0.0, None)
 """`gamma_pos`, `gamma_neg`, `clip` and `alpha` of the plain loss."""
@@ -57,60 +39,8 @@ _LAST_DEFAULTS = (*_NO_FOCUS, None, False, "dense")
 _LARGEST_GAMMA = 1e30
 """Finite in float32, and so is its product with the logarithm of the smallest float32."""
 
-Call = tuple[_autograd.Tensors, _autograd.Options, bool]
-"""What a loss asks of the op: tensors, options and whether in place. A count of `_COUNTED` is still to be made."""
 
-
-def _loss_function(describe: Callable[Arguments, Call]) -> Callable[Arguments, Tensor]:
-    """Make a loss of a function that describes its call of the op.
-
-    It gets what torch's own functions have: `__torch_function__`, and errors that explain themselves.
-    """
-    signature = inspect.signature(describe).replace(return_annotation="Tensor")
-
-    @functools.wraps(describe)
-    def loss(*args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _call_traced(*describe(*args, **kwargs))
-        tensors = (*args, *kwargs.values())
-        if has_torch_function(tensors):
-            overridden: Tensor = handle_torch_function(loss, tensors, *args, **kwargs)
-            return overridden
-        try:
-            return _call(*describe(*args, **kwargs))
-        except Exception:
-            _explain(signature, *args, **kwargs)
-            raise
-
-    loss.__signature__ = signature  # type: ignore[attr-defined]
-    return refuse_torchscript(loss)
-
-
-def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
-    """Raise the error that says what is wrong with the arguments of a failed call, if that is what made it fail."""
-    try:
-        arguments = signature.bind(*args, **kwargs).arguments
-    except TypeError:
-        return  # what the call itself raised names the function
-    input, target = (arguments.pop(name) for name in list(arguments)[:2])
-    tensors = {"input": input, "target": target, **arguments}
-    for name, public in PUBLIC_NAMES.items():
-        tensors[name] = arguments[public] if isinstance(arguments.get(public), Tensor) else None
-    target_format = arguments.get("target_format", "dense")
-    try:
-        takes_sparse = "target_format" in signature.parameters and isinstance(input, Tensor)
-        if takes_sparse and isinstance(target, Tensor) and target.layout is not torch.strided:
-            tensors["target"], tensors["columns"], tensors["rows"] = parts_of_sparse(target, input, target_format)
-            target_format = "csr"
-        elif target_format not in TARGET_FORMATS:
-            return  # unknown, which the call has said
-        check_tensors(tensors, target_format)
-        check_targets(tensors, {**arguments, "target_format": target_format})
-    except Exception as explanation:
-        raise explanation from None
-
-
-@_loss_function
+@loss_function
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -131,7 +61,7 @@ def binary_cross_entropy_with_logits(
     return _tensors(input, target, weight, pos_weight), _reduced(input, reduction), False
 
 
-@_loss_function
+@loss_function
 def sigmoid_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -201,7 +131,7 @@ def sigmoid_cross_entropy(
     return _described(tensors, reduction, of_target, _NO_FOCUS, inplace)
 
 
-@_loss_function
+@loss_function
 def sigmoid_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -258,7 +188,7 @@ def sigmoid_focal_loss(
     return _described(tensors, reduction, of_target, (gamma, gamma, 0.0, check_alpha(alpha)), inplace, promotes=True)
 
 
-@_loss_function
+@loss_function
 def asymmetric_loss(
     input: Tensor,
     target: Tensor,
@@ -363,7 +293,7 @@ def _described(
     if promotes and input.dtype != target.dtype and autocast_dtype(input, target) is None:
         dtype = torch.promote_types(input.dtype, target.dtype)
     if reduction == "mean" and (mask is not None or ignore_value is not None):
-        count, divisor = _COUNTED, 1
+        count, divisor = COUNTED, 1
     options = (added_up, dtype, divisor, smoothing, smoothing_prior, ignore_value)
     last = (*focus, threshold, check_target, target_format)
     if last != _LAST_DEFAULTS:
@@ -371,7 +301,7 @@ def _described(
     return (input, target, weight, pos_weight, count, mask, label_alpha, prior, columns, rows), options, inplace
 
 
-@_loss_function
+@loss_function
 def multilabel_soft_margin_loss(
     input: Tensor,
     target: Tensor,
@@ -500,145 +430,3 @@ def _reduced(input: Tensor, reduction: str) -> _autograd.Options:
             raise ValueError('reduction="sum_classes" sums over the last dimension, but input is a scalar')
         return "sum", None, math.prod(input.shape[:-1])  # unlike Size.numel() symbolic where the sizes are
     return reduction, None, 1
-
-
-_COUNTED: Any = object()
-"""In the place of `count`: the number of elements that count."""
-
-
-def _option(options: _autograd.Options, name: str, default: Any) -> Any:
-    """An option of a call, which may be too short to have it."""
-    place = _autograd.OPTIONS.index(name)
-    return options[place] if place < len(options) else default
-
-
-def _with_count(tensors: _autograd.Tensors, options: _autograd.Options, by_kernel: bool) -> _autograd.Tensors:
-    """The tensors with the count that they ask for."""
-    input, target, _, _, count, mask, _, _, columns, rows = tensors
-    if count is not _COUNTED:
-        return tensors
-    if by_kernel:
-        asked = (input, target, None, None, None, mask, None, None, columns, rows)
-        count = _autograd.count(asked, options)
-    else:
-        target_format, ignore_value = _option(options, "target_format", "dense"), _option(options, "ignore_value", None)
-        count = reference.number_counted(input, target.detach(), mask, columns, rows, target_format, ignore_value)
-    return *tensors[:4], count, *tensors[5:]
-
-
-def _call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) -> Tensor:
-    """Dispatch a call. `is_usual` holds in ordinary training, where each microsecond counts."""
-    input, target = tensors[:2]
-    is_usual = (
-        type(input) is Tensor
-        and type(target) is Tensor
-        and (input.is_cpu or (_library.has_cuda_kernels and input.is_cuda))
-        and is_plain_eager()
-    )
-    if not is_usual:
-        _sharding.register()  # they may be DTensors
-        _check(tensors, options)
-        options = _with_autocast(tensors, options)
-    if tensors[4] is not None:
-        tensors = _with_count(tensors, options, is_usual and input.is_cpu)
-    if not is_usual:
-        # A trace would keep the divisor of its example.
-        by_reference = is_tracing() or is_differentiating() or _needs_reference(input)
-        if by_reference or is_transforming():
-            check_targets(_named(tensors), dict(zip(_autograd.OPTIONS, options, strict=False)))
-        if by_reference:
-            return reference.sigmoid_cross_entropy(*tensors, *options)
-        if is_transforming():  # by vmap alone
-            return _autograd.call_op(*_dense(tensors, options))
-    if inplace:
-        inplace = _can_overwrite(tensors)
-    return _autograd.loss(tensors, options, inplace)
-
-
-def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool) -> Tensor:
-    """The op as one node of a graph, or the reference."""
-    _check(tensors, options)
-    options = _with_autocast(tensors, options)
-    tensors = _with_count(tensors, options, by_kernel=False)
-    if is_transforming() or _needs_reference(tensors[0]):
-        return reference.sigmoid_cross_entropy(*tensors, *options)
-    return _autograd.call_op(tensors, options)
-
-
-def _named(tensors: _autograd.Tensors) -> dict[str, Any]:
-    return dict(zip(_autograd.TENSORS, tensors, strict=True))
-
-
-def _check(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
-    check_tensors(_named(tensors), _option(options, "target_format", "dense"))
-
-
-def _dense(tensors: _autograd.Tensors, options: _autograd.Options) -> tuple[_autograd.Tensors, _autograd.Options]:
-    """The call with a dense target."""
-    names = dict(zip(_autograd.OPTIONS, options, strict=False))
-    if names.get("target_format", "dense") == "dense":
-        return tensors, options
-    input, target, *others, columns, rows = tensors
-    target, ignore_value = reference.dense_target(
-        input, target, columns, rows, names["target_format"], names["ignore_value"]
-    )
-    names |= {"ignore_value": ignore_value, "target_format": "dense"}
-    return (input, target, *others, None, None), tuple(names.values())
-
-
-def _with_autocast(tensors: _autograd.Tensors, options: _autograd.Options) -> _autograd.Options:
-    """The options with the dtype of the loss where autocast decides it."""
-    reduction, dtype, *rest = options
-    return reduction, dtype or autocast_dtype(*tensors[:2]), *rest
-
-
-def _needs_reference(input: Tensor) -> bool:
-    """Whether only the plain torch functions can do it: ours have no forward-mode AD, and ONNX does not know them."""
-    if is_forward_mode() or is_exporting_to_onnx():
-        return True
-    if input.device.type in _KERNEL_DEVICES:
-        return False
-    _warn_without_kernels(input.device.type)
-    return True
-
-
-# meta: shapes only, through the fake kernels
-_KERNEL_DEVICES = ("cpu", "meta", "cuda") if _library.has_cuda_kernels else ("cpu", "meta")
-
-
-@functools.cache
-def _warn_without_kernels(device_type: str) -> None:
-    """Say once for each device type what it means that there are none."""
-    reason = _library.why_no_cuda_kernels() if device_type == "cuda" else "there are kernels for CPU and CUDA only"
-    warnings.warn(
-        f"fused_sce computes losses on {device_type} tensors with plain torch operations, right but not fused: "
-        f"{reason}",
-        stacklevel=2,
-    )
-
-
-def _can_overwrite(tensors: _autograd.Tensors) -> bool:
-    """Whether the gradient can lie in the memory of the logits.
-
-    Raises:
-        RuntimeError: They are parameters, whose values must survive, or needed for another gradient.
-    """
-    logits = tensors[0]
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        return False
-    base = logits if logits._base is None else logits._base
-    if base.is_leaf and base.requires_grad:
-        raise RuntimeError(
-            "inplace=True would overwrite a leaf tensor that requires grad, or a view of one, with its gradient: pass "
-            "the output of a layer, or use inplace=False"
-        )
-    for name, tensor in list(_named(tensors).items())[1:]:
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"inplace=True has no gradient by {PUBLIC_NAMES.get(name, name)}: it overwrites the logits, which that "
-                "needs. Use inplace=False"
-            )
-    if type(logits) is not Tensor or logits.is_meta or logits.is_neg() or logits.retains_grad:
-        return False
-    # autograd cannot record that a view is overwritten by a function with two outputs
-    return logits._base is None and logits.is_contiguous()

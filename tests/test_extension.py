@@ -197,7 +197,7 @@ def test_why_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert command.versions()["CUDA kernels"] == "none: fused_sce was built for the CPU only"
     with pytest.warns(UserWarning, match="right but not fused: fused_sce was built for the CPU only"):
-        fused_sce.functional._warn_without_kernels.__wrapped__("cuda")
+        fused_sce._calls._warn_without_kernels.__wrapped__("cuda")
 
 
 def test_self_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,13 +372,13 @@ def test_memory_given_back_is_noticed(name: str, copied: str) -> None:
 
 def test_device_without_kernels_says_so_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a CUDA tensor with a CPU-only build: here the meta device plays the device without kernels
-    monkeypatch.setattr(F, "_KERNEL_DEVICES", ("cpu",))
-    F._warn_without_kernels.cache_clear()
+    monkeypatch.setattr(fused_sce._calls, "_KERNEL_DEVICES", ("cpu",))
+    fused_sce._calls._warn_without_kernels.cache_clear()
     x, t = torch.randn(3, 4, device="meta"), torch.rand(3, 4, device="meta")
     with pytest.warns(UserWarning, match="right but not fused"):
         loss = fused_sce.BCEWithLogitsLoss()(x, t)
     assert loss.shape == ()
-    F._warn_without_kernels.cache_clear()
+    fused_sce._calls._warn_without_kernels.cache_clear()
 
 
 LOSSES = [F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss, F.sigmoid_cross_entropy]
