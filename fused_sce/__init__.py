@@ -10,6 +10,7 @@ from fused_sce.heads import MultiClassHead, MultiLabelHead, replace_head
 from fused_sce.losses import (
     AsymmetricLoss,
     BCEWithLogitsLoss,
+    LinearSigmoidCrossEntropyLoss,
     MultiLabelSoftMarginLoss,
     SigmoidCrossEntropyLoss,
     SigmoidFocalLoss,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsymmetricLoss",
     "BCEWithLogitsLoss",
+    "LinearSigmoidCrossEntropyLoss",
     "MultiClassHead",
     "MultiLabelHead",
     "MultiLabelSoftMarginLoss",

@@ -15,9 +15,9 @@ from fused_sce._torch_private import below_autograd, direct_call, has_memory, is
 _ops = torch.ops.fused_sce
 _loss = _ops.sigmoid_cross_entropy.default
 _forward = direct_call(_ops._sigmoid_cross_entropy_forward.default)
-_forward_out = _ops._sigmoid_cross_entropy_forward_out.default
+forward_out = _ops._sigmoid_cross_entropy_forward_out.default
 _backward = _ops._sigmoid_cross_entropy_backward.default
-_backward_out = _ops._sigmoid_cross_entropy_backward_out.default
+backward_out = _ops._sigmoid_cross_entropy_backward_out.default
 _scale_ = direct_call(_ops._scale_.default)
 _count = direct_call(_ops._count.default)
 
@@ -165,7 +165,7 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
         if not _makes_gradient(ctx, input, options):
             ctx.save_for_backward(input, target, *factors)
             return (_without_graph((input, target, *factors), options),)
-        value: Tensor = _forward_out(input, target, *factors, *options, gradient=input)
+        value: Tensor = forward_out(input, target, *factors, *options, gradient=input)
         ctx.gradient = input.detach()  # not saved: autograd would refuse to give back what has changed
         ctx.mark_dirty(input)
         return value, input
@@ -201,9 +201,9 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
                     "The logits were changed after a loss with inplace=True had overwritten them with their gradient, "
                     "by an operation in place, perhaps on an alias (detach()). Use inplace=False"
                 )
-            return _scaled(gradient, grad_output), None, None, None
+            return scaled(gradient, grad_output), None, None, None
         gradient = tensors[0].detach()
-        _backward_out(grad_output, *tensors, *ctx.options, gradient=gradient)
+        backward_out(grad_output, *tensors, *ctx.options, gradient=gradient)
         torch.autograd.graph.increment_version(gradient)
         return gradient, None, None, None
 
@@ -215,11 +215,11 @@ def _finished(gradient: Tensor, factor: Tensor, tensors: Tensors, options: Optio
     subnormal where the product is neither. On a GPU the kernel reads the factor, because the host would have to wait.
     """
     if not (gradient.is_cpu and factor.item() == 1.0):
-        _backward_out(factor, *tensors, *options, gradient=gradient, is_made=True)
+        backward_out(factor, *tensors, *options, gradient=gradient, is_made=True)
     return gradient
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient that overwrote its logits times an upstream factor, in place."""
     if gradient.is_cuda:
         _scale_(gradient, factor)

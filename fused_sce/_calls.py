@@ -44,7 +44,7 @@ def loss_function(describe: Callable[Arguments, Call]) -> Callable[Arguments, Te
     @functools.wraps(describe)
     def loss(*args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            return _call_traced(*describe(*args, **kwargs))
+            return call_traced(*describe(*args, **kwargs))
         tensors = (*args, *kwargs.values())
         if has_torch_function(tensors):
             overridden: Tensor = handle_torch_function(loss, tensors, *args, **kwargs)
@@ -132,7 +132,7 @@ def call(tensors: _autograd.Tensors, options: _autograd.Options, inplace: bool) 
     return _autograd.loss(tensors, options, inplace)
 
 
-def _call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool) -> Tensor:
+def call_traced(tensors: _autograd.Tensors, options: _autograd.Options, _: bool) -> Tensor:
     """The op as one node of a graph, or the reference."""
     check_call(tensors, options)
     options = with_autocast(tensors, options)

@@ -16,12 +16,12 @@ from fused_sce import _sharding, reference
 from fused_sce._torch_private import allows_implicit_replication, has_memory, is_tracing, unwrapped, without_transforms
 
 # What the kernels read (DType in csrc/dtypes.h).
-_LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_OTHERS = (*_LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OTHERS = (*LOGITS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 # The factors of a loss, and what else broadcasts to the logits, with the dtypes of each.
-_FACTORS = {"weight": _OTHERS, "pos_weight": _OTHERS, "mask": (torch.bool,), "label_alpha": _LOGITS, "prior": _LOGITS}
+_FACTORS = {"weight": _OTHERS, "pos_weight": _OTHERS, "mask": (torch.bool,), "label_alpha": LOGITS, "prior": LOGITS}
 
 TARGET_FORMATS = ("dense", "class_index", "packed", "index_list")
 """Of our own losses; a sparse target has its own."""
@@ -30,7 +30,9 @@ PUBLIC_NAMES = {"label_alpha": "alpha", "prior": "smoothing_prior"}
 """What users call these tensors of the op."""
 
 
-def check_tensors(tensors: Mapping[str, Any], target_format: str = "dense") -> None:
+def check_tensors(
+    tensors: Mapping[str, Any], target_format: str = "dense", public_names: Mapping[str, str] = PUBLIC_NAMES
+) -> None:
     """Check the tensors of a loss against each other; their names are those of the op.
 
     Raises:
@@ -52,12 +54,12 @@ def check_tensors(tensors: Mapping[str, Any], target_format: str = "dense") -> N
     check_dense("input", input)
     if target_format != "dense" and any(_sharding.dtensor_of(tensor) is not None for tensor in (input, target)):
         raise RuntimeError("targets in other formats do not work with DTensors: pass a dense one, of input's shape")
-    factors = {PUBLIC_NAMES.get(name, name): (tensors.get(name), dtypes) for name, dtypes in _FACTORS.items()}
+    factors = {public_names.get(name, name): (tensors.get(name), dtypes) for name, dtypes in _FACTORS.items()}
     for name, tensor in (("target", target), *((name, tensor) for name, (tensor, _) in factors.items())):
         check_dense(name, tensor)
         check_mesh(name, tensor, input)  # before the shapes: a rank's own part has another one than the whole
     changed_places = target.is_floating_point() and not input.is_floating_point()
-    check_dtype("input", input, _LOGITS, ": did input and target change places?" if changed_places else "")
+    check_dtype("input", input, LOGITS, ": did input and target change places?" if changed_places else "")
     if target_format != "dense":
         check_format(input, target, target_format)
     elif target.shape != input.shape:
@@ -95,7 +97,7 @@ def check_format(input: Tensor, target: Tensor, target_format: str) -> None:
         }
         raise ValueError(
             f"target_format={target_format!r} needs a target of shape {tuple(rest + last[target_format])}, "
-            f"{words[target_format]}, for input of shape {tuple(input.shape)}, whose last dimension is that of the "
+            f"{words[target_format]}, for logits of shape {tuple(input.shape)}, whose last dimension is that of the "
             f"labels, got {tuple(target.shape)}"
         )
     if target_format == "packed" and target.dtype is not torch.uint8:
@@ -138,8 +140,10 @@ def check_targets(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Non
         check_indices(input, target, target_format, ignore_value)
         return
     if target_format == "csr":
-        check_csr(input, tensors["columns"], tensors["rows"])
-        target, _ = reference.dense_target(input, target, tensors["columns"], tensors["rows"], target_format)
+        columns, rows = tensors["columns"].long(), tensors["rows"].long()
+        check_csr(input, columns, rows)
+        row = torch.repeat_interleave(rows.diff(), output_size=len(columns))
+        mask = None if mask is None else mask.expand(input.shape)[row, columns]
     if target.dtype is torch.bool:
         return
     is_soft = target.is_floating_point()
@@ -153,6 +157,8 @@ def check_targets(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Non
     if place is None:
         return
     value = target[place].item()
+    if target_format == "csr":
+        place = int(row[place]), int(columns[place])
     cures: dict[float, str] = {
         255: "target > 0 makes labels of a mask of 0 and 255",
         -1: "target > 0 takes -1 for a negative, ignore_value=-1 leaves it out",
@@ -299,7 +305,7 @@ def check_factor(name: str, factor: Tensor, input: Tensor, dtypes: tuple[torch.d
     )
     if not fits:
         raise RuntimeError(
-            f"{name} of shape {tuple(factor.shape)} does not broadcast to input's shape {tuple(input.shape)}"
+            f"{name} of shape {tuple(factor.shape)} does not broadcast to the logits' shape {tuple(input.shape)}"
             + view_hint(name, factor, input)
         )
     check_device(name, factor, input)

@@ -16,7 +16,7 @@ import torch.nn.functional
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_sce._checks import _LOGITS, _OTHERS
+from fused_sce._checks import _OTHERS, LOGITS
 from fused_sce._torch_private import let_compiler_inline
 
 __all__ = ["patch_torch", "unpatch_torch"]
@@ -135,7 +135,7 @@ def takes_focal(input: Tensor, target: Tensor, alpha: float, gamma: float, reduc
         and _is_number(gamma)
         and 0.0 <= gamma < math.inf
         and _are_alike(input, target)
-        and input.dtype in _LOGITS
+        and input.dtype in LOGITS
         and target.dtype in _OTHERS
     )
 

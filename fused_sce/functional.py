@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sce import _autograd
+from fused_sce import _autograd, _linear
 from fused_sce._calls import COUNTED, Call, loss_function
 from fused_sce._checks import TARGET_FORMATS, check_reduction, parts_of_sparse
 from fused_sce._register import autocast_dtype
@@ -22,13 +22,19 @@ from fused_sce._torch_private import legacy_reduction
 __all__ = [
     "asymmetric_loss",
     "binary_cross_entropy_with_logits",
+    "linear_sigmoid_cross_entropy",
+    "linear_topk",
     "multilabel_soft_margin_loss",
+    "sigmoid_contrastive_loss",
     "sigmoid_cross_entropy",
     "sigmoid_focal_loss",
 ]
 
 REDUCTIONS = ("mean", "sum", "none", "sum_classes")
 """Of the losses that are not torch's."""
+
+SCALAR_REDUCTIONS = ("mean", "sum", "sum_classes")
+"""Of these the ones that give a scalar."""
 
 _NO_FOCUS = (0.0, 0.0, 0.0, None)
 """`gamma_pos`, `gamma_neg`, `clip` and `alpha` of the plain loss."""
@@ -243,6 +249,161 @@ def asymmetric_loss(
     tensors = _tensors(input, target, weight, pos_weight, mask)
     of_target = OfTarget(label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
     return _described(tensors, reduction, of_target, (gamma_pos, gamma_neg, check_clip(clip), None), inplace)
+
+
+def linear_sigmoid_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    loss_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    gamma_neg: float = 0.0,
+    gamma_pos: float = 0.0,
+    clip: float | None = 0.0,
+    alpha: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    smoothing_prior: float | Tensor = 0.5,
+    target_threshold: float | None = None,
+    ignore_value: float | None = None,
+    target_format: str = "dense",
+    check_target: bool = False,
+    chunk_bytes: int = _linear.CHUNK_BYTES,
+) -> Tensor:
+    """A linear layer and its sigmoid cross-entropy in one, without the memory of the logits.
+
+    The loss of the logits `logit_scale * (input @ weight.T) + bias`, chunk by chunk of the labels. Forward makes the
+    gradients too, so that training takes one chunk of logits and the gradients, whatever the number of labels C, and as
+    long as the layer and the loss by themselves.
+
+    Args:
+        input: features (..., D), float32, float64, bfloat16 or float16.
+        weight: (C, D), of the same dtype, or of any under autocast.
+        target: of the logits' shape (..., C), or as `target_format` says, or a sparse CSR tensor (N, C). On a GPU a
+            sparse tensor makes the host wait, once for each call.
+        bias: (C,)
+        logit_scale: a number, or a tensor with one.
+        loss_weight: `weight` of `sigmoid_cross_entropy`: factor of each element's loss.
+        pos_weight: as in `sigmoid_cross_entropy`, as are the following; they broadcast to the logits' shape.
+        mask: bool; where it is False, an element does not count.
+        reduction: "mean", "sum" or "sum_classes".
+        gamma_neg: as in `asymmetric_loss`; equal to `gamma_pos` for the focal loss.
+        gamma_pos: the same.
+        clip: the same.
+        alpha: as in `sigmoid_focal_loss`.
+        label_smoothing: in [0, 1].
+        smoothing_prior: in [0, 1].
+        target_threshold: makes labels of soft targets.
+        ignore_value: a target that does not count.
+        target_format: "dense", "class_index", "packed" or "index_list".
+        check_target: soft targets outside of [0, 1] are errors.
+        chunk_bytes: how much memory the logits of a chunk may take.
+
+    Returns:
+        The loss, a scalar, of the dtype that `sigmoid_cross_entropy` gives it. It is differentiable in `input`,
+        `weight`, `bias` and `logit_scale`, once. The gradient by `input` is added up in float32 for 16-bit types. In
+        transforms of `torch.func`, forward-mode AD and exports to ONNX the logits are made after all.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As in `sigmoid_cross_entropy`, and for features, devices and dtypes that do
+            not fit, `chunk_bytes` that does not hold the logits of 8 labels, a target or a factor that requires a
+            gradient, and a second derivative.
+    """
+    check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
+    focus = gamma_pos, gamma_neg, check_clip(clip), check_alpha(alpha)
+    of_target = OfTarget(label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target)
+    label_alpha = alpha if isinstance(alpha, Tensor) else None
+
+    def describe(logits: Tensor) -> Call:
+        tensors = _tensors(logits, target, loss_weight, pos_weight, mask, label_alpha)
+        return _described(tensors, reduction, of_target, focus, inplace=False)
+
+    check_reduction(reduction, SCALAR_REDUCTIONS)
+    return _linear.loss(_linear.Layer(input, weight, bias), logit_scale, chunk_bytes, describe)
+
+
+def linear_topk(
+    input: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    chunk_bytes: int = _linear.CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """The k most probable labels of a linear layer, without the memory of the logits: `torch.topk` of these.
+
+    Args:
+        input: features (..., D), as are the others in `linear_sigmoid_cross_entropy`.
+        weight: (C, D)
+        k: at least 1, at most C.
+        bias: (C,)
+        logit_scale: a number, or a tensor with one.
+        chunk_bytes: how much memory the logits of a chunk of labels may take.
+
+    Returns:
+        `values`, the k largest logits of each row (..., k), the largest first, and `indices`, their labels. They have
+        no gradient. Of equal logits any may come first, as in `torch.topk`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As in `linear_sigmoid_cross_entropy`, and for `k`.
+    """
+    return _linear.topk(_linear.Layer(input, weight, bias), k, logit_scale, chunk_bytes)
+
+
+def sigmoid_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    chunk_bytes: int = _linear.CHUNK_BYTES,
+) -> Tensor:
+    """The loss of SigLIP, without the memory of the logits of all pairs: open_clip's `SigLipLoss`.
+
+    Each picture is compared with each text; only the text of its own row belongs to it. The loss is the sigmoid
+    cross-entropy of the logits `logit_scale * image_features @ text_features.T + logit_bias`, summed over the texts
+    and averaged over the pictures (X. Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023).
+
+    Args:
+        image_features: (N, D), normalised as a rule.
+        text_features: (N, D)
+        logit_scale: a number, or a tensor with one: the factor itself, not its logarithm.
+        logit_bias: the same.
+        chunk_bytes: how much memory the logits of a chunk of texts may take.
+
+    Returns:
+        The loss, a scalar, differentiable in all four, once.
+
+    Raises:
+        ValueError: The shapes differ.
+        TypeError, ValueError, RuntimeError: As in `linear_sigmoid_cross_entropy`.
+    """
+    if image_features.dim() != 2 or image_features.shape != text_features.shape:
+        raise ValueError(
+            "image_features and text_features must have the same shape (N, D), got "
+            f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    bias = None
+    if logit_bias is not None:
+        bias = torch.as_tensor(logit_bias, dtype=text_features.dtype, device=text_features.device)
+        if bias.numel() != 1:
+            raise ValueError(f"logit_bias must be one number, got a tensor of shape {tuple(bias.shape)}")
+        bias = bias.reshape(()).expand(len(text_features))
+    return linear_sigmoid_cross_entropy(
+        image_features,
+        text_features,
+        torch.arange(len(text_features), device=text_features.device),
+        bias,
+        logit_scale=logit_scale,
+        reduction="sum_classes",
+        target_format="class_index",
+        chunk_bytes=chunk_bytes,
+    )
 
 
 class OfTarget(NamedTuple):

@@ -12,7 +12,11 @@ from typing import Any, NoReturn, SupportsIndex, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn import functional as F
+
+from fused_sce.functional import linear_topk
+from fused_sce.losses import LinearSigmoidCrossEntropyLoss
 
 __all__ = ["MultiClassHead", "MultiLabelHead", "replace_head"]
 
@@ -69,9 +73,10 @@ class _LinearHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Features (..., in_features) to logits (..., num_classes)."""
-        if self.dropout > 0.0:
-            input = F.dropout(input, self.dropout, self.training)
-        return F.linear(input, self.weight, self.bias)  # torch.jit.script cannot compile super().forward
+        return F.linear(self._dropped(input), self.weight, self.bias)
+
+    def _dropped(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.dropout, self.training) if self.dropout > 0.0 else input
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout={self.dropout}"
@@ -118,16 +123,66 @@ class MultiLabelHead(_LinearHead):
         dropout: probability of zeroing a feature in training, in [0, 1).
         init: "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "zeros" or "default" (torch's).
             All but "default" set the bias to 0, every label's first probability to about one half.
+        fused_loss: True, or a `LinearSigmoidCrossEntropyLoss` for its options: in training call the head with the
+            target as well, and it returns the loss, without the memory of the logits. For many thousands of labels.
         bias: whether there is one.
         device: where the parameters are made.
         dtype: of the parameters.
 
     Shape:
-        input (..., in_features) -> logits (..., num_classes), of the parameters' dtype.
+        input (..., in_features) -> logits (..., num_classes), of the parameters' dtype. With a target, as the loss
+        takes it: -> the loss, a scalar.
 
     Raises:
+        TypeError: An argument has another type, or a target came without `fused_loss`.
         ValueError: An argument is out of its range.
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        dropout: float = 0.0,
+        init: str = "kaiming_normal",
+        fused_loss: bool | LinearSigmoidCrossEntropyLoss = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(fused_loss, bool | LinearSigmoidCrossEntropyLoss):
+            raise TypeError(
+                f"fused_loss must be True, False or a LinearSigmoidCrossEntropyLoss, got {type(fused_loss).__name__}"
+            )
+        super().__init__(in_features, num_classes, dropout=dropout, init=init, bias=bias, device=device, dtype=dtype)
+        self.fused_loss = LinearSigmoidCrossEntropyLoss() if fused_loss is True else fused_loss or None
+
+    def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Features (..., in_features) to logits (..., num_classes), or with a target to the loss."""
+        input = self._dropped(input)
+        if not is_scripting():  # noqa: SIM102, a script leaves out what depends on this alone
+            if target is not None:
+                return self._loss(input, target, mask)
+        return F.linear(input, self.weight, self.bias)  # torch.jit.script cannot compile super().forward
+
+    def _loss(self, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        if self.fused_loss is None:
+            raise TypeError(
+                "this head returns logits and takes no target: make it with fused_loss=True, or call a loss with them"
+            )
+        loss: Tensor = self.fused_loss(input, self.weight, target, self.bias, mask=mask)
+        return loss
+
+    def predict(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k most probable labels of features (..., in_features), without the memory of the logits.
+
+        Returns:
+            Their logits (..., k), the largest first, and their indices, as `torch.topk`.
+
+        Raises:
+            ValueError: `k` is less than 1, or more than there are labels.
+        """
+        return linear_topk(self._dropped(input), self.weight, k, self.bias)
 
     def predict_proba(self, input: Tensor) -> Tensor:
         """Features (..., in_features) to the probability of each label (..., num_classes)."""

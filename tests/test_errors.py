@@ -125,7 +125,7 @@ def test_nested_tensors(function: Callable[..., Tensor], layout: torch.layout) -
 @pytest.mark.parametrize("shape", [(5,), (3,), (2, 3, 4), (1, 3, 4), (4, 1)])
 @pytest.mark.parametrize("name", ["weight", "pos_weight"])
 def test_weights_that_do_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
-    message = rf"^{name} of shape \({', '.join(map(str, shape))},?\) does not broadcast to input's shape \(3, 4\)"
+    message = rf"^{name} of shape \({', '.join(map(str, shape))},?\) does not broadcast to the logits' shape \(3, 4\)"
     with pytest.raises(RuntimeError, match=message):
         F.sigmoid_cross_entropy(torch.randn(3, 4), torch.rand(3, 4), **{name: torch.rand(shape)})
     if name == "weight":
@@ -163,7 +163,7 @@ def test_the_view_that_broadcasts_is_named(
     ("logits", "factor"), [((3, 3, 4), (3,)), ((3, 4), (5,)), ((4, 5), (2, 2)), ((3, 4), (3, 4, 1))]
 )
 def test_no_view_is_named_where_none_or_many_fit(logits: tuple[int, ...], factor: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeError, match=rf"input's shape {re.escape(str(logits))}$"):
+    with pytest.raises(RuntimeError, match=rf"the logits' shape {re.escape(str(logits))}$"):
         F.sigmoid_cross_entropy(torch.randn(logits), torch.rand(logits), weight=torch.rand(factor))
 
 

@@ -1,0 +1,491 @@
+"""A linear layer and its loss in one, by chunks of labels: the logits of all labels never exist.
+
+For each chunk of the weight's rows: the logits by torch's matrix product, in their memory their gradient by the kernel,
+and of that the products that make the gradients by input, weight and bias. Only an upstream factor is left to backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_sce import _autograd, reference
+from fused_sce._calls import Call, call, call_traced, named, needs_reference, option, with_autocast, with_count
+from fused_sce._checks import (
+    LOGITS,
+    PUBLIC_NAMES,
+    check_csr,
+    check_dense,
+    check_device,
+    check_dtype,
+    check_indices,
+    check_targets,
+    check_tensors,
+)
+from fused_sce._register import autocast_dtype
+from fused_sce._torch_private import has_memory, is_batched, is_tracing, is_transforming
+
+CHUNK_BYTES = 64 * 2**20
+"""Of the logits of a chunk, by default."""
+
+
+class Layer(NamedTuple):
+    """What makes the logits."""
+
+    input: Tensor
+    """(N, D), or (..., D) as users give it."""
+    weight: Tensor
+    """(C, D)"""
+    bias: Tensor | None
+    """(C,)"""
+
+
+class Chunks(NamedTuple):
+    """How a layer is computed."""
+
+    dtype: torch.dtype
+    """Of the logits."""
+    size: int
+    """Labels of a chunk."""
+    first_label: int
+    """Of this layer among all, for the target and the factors, which have a value for each of all labels."""
+    num_labels: int
+    """All."""
+
+
+def loss(
+    layer: Layer,
+    logit_scale: float | Tensor | None,
+    chunk_bytes: int,
+    describe: Callable[[Tensor], Call],
+) -> Tensor:
+    """The loss of the logits `logit_scale * (input @ weight.T) + bias`.
+
+    Args:
+        layer: as users give it.
+        logit_scale: the same.
+        chunk_bytes: how much memory the logits of a chunk may take.
+        describe: makes the call of the loss of given logits.
+    """
+    layer = with_scale(layer, logit_scale)
+    if needs_logits(layer):
+        call_loss = call_traced if torch.compiler.is_compiling() else call
+        return call_loss(*describe(F.linear(*layer)))
+    dtype = dtype_of_logits(layer)
+    logits = stand_in(layer.input, dtype, len(layer.weight))
+    tensors, options, _ = describe(logits)
+    _check(tensors, options)
+    reduction, of_loss, *others = with_autocast(tensors, options)
+    options = reduction, reference.result_dtype(logits, tensors[1], of_loss), *others
+    tensors = with_count(tensors, options, by_kernel=has_memory(layer.input) and layer.input.is_cpu)
+    chunks = Chunks(dtype, labels_of_chunk(chunk_bytes, logits), 0, len(layer.weight))
+    flat = Layer(layer.input.reshape(-1, layer.input.shape[-1]), layer.weight, layer.bias)
+    return _computed(flat, chunks, _flattened(tensors), options)
+
+
+def _computed(layer: Layer, chunks: Chunks, tensors: tuple[Tensor | None, ...], options: _autograd.Options) -> Tensor:
+    """The loss of two-dimensional tensors, recorded by autograd where a gradient is wanted."""
+    value: Tensor
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in layer):
+        value = _LinearLoss.apply(*layer, chunks, tensors, options)
+    else:
+        value = _op(None, _NOTHING, *chunks, *layer, *tensors, *options)[0]
+    return value
+
+
+def topk(layer: Layer, k: int, logit_scale: float | Tensor | None, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their labels, the largest first; without a gradient."""
+    with torch.no_grad():
+        layer = with_scale(layer, logit_scale)
+        labels, leading = len(layer.weight), layer.input.shape[:-1]
+        if not isinstance(k, int) or isinstance(k, bool):
+            raise TypeError(f"k must be an int, got {type(k).__name__}")
+        if not 1 <= k <= labels:
+            raise ValueError(f"k must be at least 1 and at most the number of labels, {labels}, got {k}")
+        dtype = dtype_of_logits(layer)
+        size = labels_of_chunk(chunk_bytes, stand_in(layer.input, dtype, labels))
+        input = layer.input.reshape(-1, layer.input.shape[-1])
+        best, of_best = input.new_empty(len(input), 0, dtype=dtype), input.new_empty(len(input), 0, dtype=torch.int64)
+        for begin in range(0, labels, size):
+            end = min(begin + size, labels)
+            bias = None if layer.bias is None else layer.bias[begin:end]
+            values, indices = F.linear(input, layer.weight[begin:end], bias).topk(min(k, end - begin), sorted=False)
+            values, indices = torch.cat([best, values], 1), torch.cat([of_best, indices + begin], 1)
+            best, places = values.topk(min(k, values.shape[1]))
+            of_best = indices.gather(1, places)
+        return torch.return_types.topk((best.reshape(*leading, k), of_best.reshape(*leading, k)))
+
+
+# The arguments
+
+
+def with_scale(layer: Layer, logit_scale: float | Tensor | None) -> Layer:
+    """The layer, checked, with the scale of the logits in its input.
+
+    Raises:
+        TypeError: An argument is no dense tensor of floating point, or the dtypes differ outside of autocast.
+        ValueError: A shape does not fit.
+        RuntimeError: A tensor is on another device than `input`.
+    """
+    input, weight, bias = layer
+    for name, tensor in layer._asdict().items():
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
+        check_dtype(name, tensor, LOGITS)
+        check_device(name, tensor, input)
+        if tensor.dtype != input.dtype and autocast_dtype(input, input) is None:
+            raise TypeError(f"{name} must have input's dtype {input.dtype} outside of autocast, got {tensor.dtype}")
+    if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "input must have shape (..., D) and weight (C, D), with the same number of features D, got "
+            f"{tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have shape {tuple(weight.shape[:1])}, one value for each row of weight, got {tuple(bias.shape)}"
+        )
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale must be one number, got a tensor of shape {tuple(logit_scale.shape)}")
+        logit_scale = logit_scale.reshape(())  # which does not change the dtype of the product
+    elif not isinstance(logit_scale, float | int | torch.SymFloat | None):
+        raise TypeError(f"logit_scale must be a number, a tensor or None, got {type(logit_scale).__name__}")
+    return layer if logit_scale is None else layer._replace(input=input * logit_scale)
+
+
+def needs_logits(layer: Layer) -> bool:
+    """Whether only the loss of logits can do it: in transforms of `torch.func`, for forward-mode AD, ..."""
+    is_traced = not torch.compiler.is_compiling() and is_tracing()
+    return is_traced or is_transforming() or needs_reference(layer.input)
+
+
+def dtype_of_logits(layer: Layer) -> torch.dtype:
+    """The dtype of the logits, which autocast may decide."""
+    input = layer.input
+    if input.dtype == torch.float64 or autocast_dtype(input, input) is None:
+        return input.dtype
+    return torch.get_autocast_dtype(input.device.type)
+
+
+def stand_in(input: Tensor, dtype: torch.dtype, num_labels: int) -> Tensor:
+    """Of the shape and dtype of all logits, in the memory of one."""
+    return input.new_empty((), dtype=dtype).expand(*input.shape[:-1], num_labels)
+
+
+def _check(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
+    """Check the tensors of the loss as it does itself, in the words of this function.
+
+    Raises:
+        RuntimeError: One of them requires a gradient.
+    """
+    tensors_by_name = named(tensors)
+    names = {**PUBLIC_NAMES, "weight": "loss_weight"}
+    check_tensors(tensors_by_name, option(options, "target_format", "dense"), names)
+    for name, tensor in tensors_by_name.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            name = names.get(name, name)
+            raise RuntimeError(
+                f"linear_sigmoid_cross_entropy has no gradient by {name}: pass {name}.detach(), or call "
+                "sigmoid_cross_entropy with the logits of torch.nn.functional.linear"
+            )
+
+
+def labels_of_chunk(chunk_bytes: int, logits: Tensor) -> int:
+    """How many labels the logits of a chunk have: a multiple of 8, the labels of a packed byte.
+
+    Raises:
+        TypeError: `chunk_bytes` is no whole number.
+        ValueError: It is too small.
+    """
+    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
+        raise TypeError(f"chunk_bytes must be an int, got {type(chunk_bytes).__name__}")
+    rows = math.prod(logits.shape[:-1])
+    least = 8 * rows * logits.element_size()
+    if chunk_bytes < least or chunk_bytes <= 0:
+        raise ValueError(
+            f"chunk_bytes must hold the logits of 8 labels, {least} bytes for {rows} rows of {logits.dtype}, got "
+            f"{chunk_bytes}"
+        )
+    return 8 * (chunk_bytes // least) if rows else max(logits.shape[-1], 1)
+
+
+def _flattened(tensors: _autograd.Tensors) -> tuple[Tensor | None, ...]:
+    """The tensors of the loss but for the logits, all of whose leading dimensions become one."""
+    logits, target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
+    leading = logits.shape[:-1]
+    if columns is None:  # a sparse target has two dimensions
+        target = target.reshape(math.prod(leading), *target.shape[len(leading) :])
+
+    def flat(factor: Tensor | None) -> Tensor | None:
+        if factor is None or factor.dim() < 2 or len(leading) == 1:
+            return factor
+        return factor.expand(*leading, factor.shape[-1]).reshape(-1, factor.shape[-1])
+
+    return target, flat(weight), flat(pos_weight), count, flat(mask), flat(alpha), flat(prior), columns, rows
+
+
+# Autograd
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The loss, differentiable in input, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        chunks: Chunks,
+        tensors: tuple[Tensor | None, ...],
+        options: _autograd.Options,
+    ) -> Tensor:
+        """The loss, and the gradients for an upstream factor of 1.
+
+        Not these in float16: divided by a large batch they underflow, before a GradScaler's factor could save them.
+        """
+        ctx.save_for_backward(input, weight, bias, *tensors)
+        ctx.chunks, ctx.options = chunks, options
+        ctx.is_made = chunks.dtype is not torch.float16
+        wanted = ctx.needs_input_grad[:3] if ctx.is_made else _NOTHING
+        value: Tensor
+        value, *ctx.gradients = _op(None, wanted, *chunks, input, weight, bias, *tensors, *options)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by input, weight and bias; a second time they are computed anew."""
+        wanted = ctx.needs_input_grad[:3]
+        if torch.compiler.is_compiling():
+            is_last = False  # a program may run again
+        else:
+            _refuse_derivatives(grad_output)
+            is_last = has_memory(grad_output)
+        if not ctx.is_made:
+            _, *gradients = _op(grad_output, wanted, *ctx.chunks, *ctx.saved_tensors, *ctx.options)
+        elif is_last:
+            ctx.is_made, gradients, ctx.gradients = False, ctx.gradients, None
+            gradients = [_autograd.scaled(gradient, grad_output) for gradient in gradients]
+        else:
+            gradients = [gradient * grad_output for gradient in ctx.gradients]
+        by = (gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
+        return *by, None, None, None
+
+
+def _refuse_derivatives(grad_output: Tensor) -> None:
+    """Refuse what the op has no rule for.
+
+    Raises:
+        RuntimeError: Autograd asks for a second derivative, or for batched gradients.
+    """
+    cure = "call sigmoid_cross_entropy with the logits of torch.nn.functional.linear"
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"linear_sigmoid_cross_entropy has no second derivative (create_graph=True): {cure}")
+    if is_batched(grad_output):
+        raise RuntimeError(f"linear_sigmoid_cross_entropy has no batched gradients (is_grads_batched=True): {cure}")
+
+
+# The op
+
+
+_NOTHING = (False, False, False)
+
+_NAME = "fused_sce::_linear_sigmoid_cross_entropy"
+# The tensors and options of the loss are those of its op.
+_of_loss = str(torch.ops.fused_sce._sigmoid_cross_entropy_backward.default._schema)
+_of_loss = _of_loss.split("Tensor input, ")[1].split(") ->")[0]
+torch.library.define(
+    _NAME,
+    "(Tensor? grad_output, bool[3] wanted, ScalarType logits_dtype, SymInt chunk, SymInt first_label, "
+    f"SymInt num_labels, Tensor input, Tensor linear_weight, Tensor? bias, {_of_loss}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    grad_output: Tensor | None,
+    wanted: Sequence[bool],
+    dtype: torch.dtype,
+    chunk: int,
+    first_label: int,
+    num_labels: int,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    layer, options = Layer(*args[:3]), args[3 + len(_autograd.TENSORS) - 1 :]
+    return layer.input.new_empty((), dtype=options[1]), *_empty_gradients(layer, wanted)
+
+
+def _empty_gradients(layer: Layer, wanted: Sequence[bool]) -> list[Tensor]:
+    return [
+        part.new_empty(part.shape) if part is not None and is_wanted else layer.input.new_empty(0)
+        for part, is_wanted in zip(layer, wanted, strict=True)
+    ]
+
+
+@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def _op_by_chunks(
+    grad_output: Tensor | None,
+    wanted: Sequence[bool],
+    dtype: torch.dtype,
+    size: int,
+    first_label: int,
+    num_labels: int,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    """The loss, and the gradients that are wanted: for an upstream factor, which a loss of 0 comes with, or for 1."""
+    layer, chunks = Layer(*args[:3]), Chunks(dtype, size, first_label, num_labels)
+    others = args[3 : 3 + len(_autograd.TENSORS) - 1]
+    options = dict(zip(_autograd.OPTIONS, args[3 + len(others) :], strict=False))
+    with torch.autocast(layer.input.device.type, enabled=False):
+        try:
+            return _by_chunks(grad_output, wanted, layer, chunks, others, options)
+        except RuntimeError:
+            logits = stand_in(layer.input, dtype, num_labels)
+            check_targets(named((logits, *others)), options)
+            raise
+
+
+_op = torch.ops.fused_sce._linear_sigmoid_cross_entropy.default
+
+
+def _by_chunks(
+    upstream: Tensor | None,
+    wanted: Sequence[bool],
+    layer: Layer,
+    chunks: Chunks,
+    tensors: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    dtype = chunks.dtype
+    x, labels = layer.input.to(dtype), len(layer.weight)
+    memory = x.new_empty(len(x) * min(chunks.size, labels))  # one for all chunks
+    total = x.new_zeros((), dtype=torch.float64)
+    _, by_weight, by_bias = gradients = _empty_gradients(layer, wanted)
+    # Chunk by chunk a 16-bit type would lose what is small beside the sum.
+    by_input = x.new_zeros(x.shape, dtype=torch.promote_types(dtype, torch.float32)) if wanted[0] else None
+    begins = range(0, max(labels, 1), chunks.size)
+    spans = [(begin, min(begin + chunks.size, labels)) for begin in begins]
+    pieces = _pieces(tensors, options, chunks, spans, len(x))
+    for (begin, end), (others, of_loss) in zip(spans, pieces, strict=True):
+        weight = layer.weight[begin:end].to(dtype)
+        z = memory[: len(x) * (end - begin)].view(len(x), end - begin)
+        if layer.bias is None:
+            torch.mm(x, weight.t(), out=z)
+        else:
+            torch.addmm(layer.bias[begin:end].to(dtype), x, weight.t(), out=z)
+        if upstream is not None:
+            _autograd.backward_out(upstream, z, *others, *of_loss, gradient=z)
+        elif any(wanted):
+            total += _autograd.forward_out(z, *others, *of_loss, gradient=z)
+        else:
+            total += _autograd.call_op((z, *others), of_loss)
+            continue
+        if by_input is not None:
+            if by_input.dtype == dtype:
+                by_input.addmm_(z, weight)
+            else:
+                by_input += z @ weight
+        if wanted[1]:
+            _product(z.t(), x, out=by_weight[begin:end])
+        if wanted[2]:
+            torch.sum(z, 0, dtype=by_bias.dtype, out=by_bias[begin:end])
+    if by_input is not None:
+        gradients[0] = by_input.to(layer.input.dtype)
+    return total.to(options["dtype"]), *gradients
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """A matrix product into memory of the same or another dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _pieces(
+    tensors: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+    chunks: Chunks,
+    spans: list[tuple[int, int]],
+    num_rows: int,
+) -> Iterator[tuple[tuple[Tensor | None, ...], _autograd.Options]]:
+    """The tensors of the loss but for the logits, and the options, for each span of the layer's labels.
+
+    Indices become lists of those in the span, padded with -1, so that a GPU need not be waited for.
+    """
+    target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
+    assert target is not None
+    kept: Tensor | None = None
+    options = {**options, "dtype": torch.float64}  # of the sums
+    target_format, ignore_value = options.get("target_format", "dense"), options.get("ignore_value")
+    logits = stand_in(target.new_empty(num_rows, 1), chunks.dtype, chunks.num_labels)
+    if target_format in ("class_index", "index_list"):
+        check_indices(logits, target, target_format, ignore_value)  # those out of range would be in no span
+        target, options["target_format"] = target.long(), "index_list"
+        if target_format == "class_index":
+            target, options["ignore_value"] = target.unsqueeze(-1), None
+            kept = None if ignore_value is None else target != ignore_value
+    elif target_format == "csr":
+        assert columns is not None
+        assert rows is not None
+        check_csr(logits, columns, rows)
+        sparse = _by_span(target, columns.long(), rows.long(), chunks, spans)
+
+    def part(tensor: Tensor | None, begin: int, end: int) -> Tensor | None:
+        return tensor if tensor is None or tensor.dim() == 0 or tensor.shape[-1] == 1 else tensor[..., begin:end]
+
+    for begin, end in spans:
+        begin, end = begin + chunks.first_label, end + chunks.first_label
+        if target_format == "dense":
+            of_span = target[:, begin:end]
+        elif target_format == "packed":
+            of_span = _packed(target, begin, end, chunks.num_labels)
+        elif target_format == "csr":
+            of_span, columns, rows = next(sparse)
+        else:
+            of_span = torch.where((begin <= target) & (target < end), target - begin, -1)
+        mask_of_span = part(mask, begin, end)
+        if kept is not None:
+            mask_of_span = kept if mask_of_span is None else kept & mask_of_span
+        weights = part(weight, begin, end), part(pos_weight, begin, end)
+        others = part(alpha, begin, end), part(prior, begin, end), columns, rows
+        yield (of_span, *weights, count, mask_of_span, *others), tuple(options.values())
+
+
+def _packed(target: Tensor, begin: int, end: int, num_labels: int) -> Tensor:
+    """The bytes of labels [begin, end)."""
+    of_span = target[:, begin // 8 : (end + 7) // 8]
+    shift = begin % 8
+    if shift:
+        following = F.pad(of_span[:, 1:], (0, 1))
+        of_span = ((of_span >> shift) | (following << (8 - shift)))[:, : (end - begin + 7) // 8]
+    if (end - begin) % 8 and end < num_labels:
+        of_span = of_span.clone()
+        of_span[:, -1] &= (1 << (end - begin) % 8) - 1
+    return of_span
+
+
+def _by_span(
+    values: Tensor, columns: Tensor, rows: Tensor, chunks: Chunks, spans: list[tuple[int, int]]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Values, columns and rows of a sparse target for each span; a GPU is waited for once."""
+    row = torch.repeat_interleave(rows.diff(), output_size=len(columns))
+    columns = columns - chunks.first_label
+    span = torch.div(columns, chunks.size, rounding_mode="floor")
+    span[columns >= spans[-1][1]] = len(spans)  # labels of another layer
+    span, order = torch.sort(span, stable=True)
+    values, columns, row = values[order], columns[order], row[order]
+    ends = torch.searchsorted(span, torch.arange(len(spans) + 1, device=span.device)).tolist()
+    row_numbers = torch.arange(len(rows), device=row.device)
+    for (begin, _), first, last in zip(spans, ends, ends[1:], strict=False):
+        yield values[first:last], columns[first:last] - begin, torch.searchsorted(row[first:last], row_numbers)
