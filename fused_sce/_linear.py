@@ -7,14 +7,14 @@ and of that the products that make the gradients by input, weight and bias. Only
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_sce import _autograd, reference
+from fused_sce import _autograd, _sharding, reference
 from fused_sce._calls import Call, call, call_traced, named, needs_reference, option, with_autocast, with_count
 from fused_sce._checks import (
     LOGITS,
@@ -52,10 +52,6 @@ class Chunks(NamedTuple):
     """Of the logits."""
     size: int
     """Labels of a chunk."""
-    first_label: int
-    """Of this layer among all, for the target and the factors, which have a value for each of all labels."""
-    num_labels: int
-    """All."""
 
 
 def loss(
@@ -77,24 +73,28 @@ def loss(
         call_loss = call_traced if torch.compiler.is_compiling() else call
         return call_loss(*describe(F.linear(*layer)))
     dtype = dtype_of_logits(layer)
-    logits = stand_in(layer.input, dtype, len(layer.weight))
-    tensors, options, _ = describe(logits)
-    _check(tensors, options)
-    reduction, of_loss, *others = with_autocast(tensors, options)
-    options = reduction, reference.result_dtype(logits, tensors[1], of_loss), *others
+    if is_class_parallel(layer):
+        from fused_sce import _class_parallel  # imports DTensor, which is there now
+
+        return _class_parallel.loss(layer, dtype, chunk_bytes, describe)
+    tensors, options, _ = describe(stand_in(layer.input, dtype, len(layer.weight)))
+    check_loss(tensors, options)
+    options = with_dtype(tensors, options)
     tensors = with_count(tensors, options, by_kernel=has_memory(layer.input) and layer.input.is_cpu)
-    chunks = Chunks(dtype, labels_of_chunk(chunk_bytes, logits), 0, len(layer.weight))
-    flat = Layer(layer.input.reshape(-1, layer.input.shape[-1]), layer.weight, layer.bias)
-    return _computed(flat, chunks, _flattened(tensors), options)
+    return computed(layer, chunk_bytes, tensors, options)
 
 
-def _computed(layer: Layer, chunks: Chunks, tensors: tuple[Tensor | None, ...], options: _autograd.Options) -> Tensor:
-    """The loss of two-dimensional tensors, recorded by autograd where a gradient is wanted."""
+def computed(layer: Layer, chunk_bytes: int, tensors: _autograd.Tensors, options: _autograd.Options) -> Tensor:
+    """The loss, recorded by autograd where a gradient is wanted; the first of the tensors stands for the logits."""
+    logits = tensors[0]
+    chunks = Chunks(logits.dtype, labels_of_chunk(chunk_bytes, logits))
+    layer = layer._replace(input=layer.input.reshape(-1, layer.input.shape[-1]))
+    _, *others = flattened(tensors)
     value: Tensor
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in layer):
-        value = _LinearLoss.apply(*layer, chunks, tensors, options)
+        value = _LinearLoss.apply(*layer, chunks, tuple(others), options)
     else:
-        value = _op(None, _NOTHING, *chunks, *layer, *tensors, *options)[0]
+        value = _op(None, _NOTHING, *chunks, *layer, *others, *options)[0]
     return value
 
 
@@ -175,12 +175,25 @@ def dtype_of_logits(layer: Layer) -> torch.dtype:
     return torch.get_autocast_dtype(input.device.type)
 
 
+def is_class_parallel(layer: Layer) -> bool:
+    """Whether input or weight is a DTensor."""
+    if not torch.compiler.is_compiling():
+        _sharding.register()
+    return any(_sharding.dtensor_of(tensor) is not None for tensor in layer[:2])
+
+
+def with_dtype(tensors: _autograd.Tensors, options: _autograd.Options) -> _autograd.Options:
+    """The options with the dtype of the loss."""
+    reduction, dtype, *others = with_autocast(tensors, options)
+    return reduction, reference.result_dtype(tensors[0], tensors[1], dtype), *others
+
+
 def stand_in(input: Tensor, dtype: torch.dtype, num_labels: int) -> Tensor:
     """Of the shape and dtype of all logits, in the memory of one."""
     return input.new_empty((), dtype=dtype).expand(*input.shape[:-1], num_labels)
 
 
-def _check(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
+def check_loss(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
     """Check the tensors of the loss as it does itself, in the words of this function.
 
     Raises:
@@ -217,19 +230,21 @@ def labels_of_chunk(chunk_bytes: int, logits: Tensor) -> int:
     return 8 * (chunk_bytes // least) if rows else max(logits.shape[-1], 1)
 
 
-def _flattened(tensors: _autograd.Tensors) -> tuple[Tensor | None, ...]:
-    """The tensors of the loss but for the logits, all of whose leading dimensions become one."""
+def flattened(tensors: _autograd.Tensors) -> _autograd.Tensors:
+    """The tensors of the loss, all of whose leading dimensions become one."""
     logits, target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
     leading = logits.shape[:-1]
+    logits = logits.reshape(-1, logits.shape[-1])
     if columns is None:  # a sparse target has two dimensions
-        target = target.reshape(math.prod(leading), *target.shape[len(leading) :])
+        target = target.reshape(len(logits), *target.shape[len(leading) :])
 
     def flat(factor: Tensor | None) -> Tensor | None:
         if factor is None or factor.dim() < 2 or len(leading) == 1:
             return factor
         return factor.expand(*leading, factor.shape[-1]).reshape(-1, factor.shape[-1])
 
-    return target, flat(weight), flat(pos_weight), count, flat(mask), flat(alpha), flat(prior), columns, rows
+    factors = flat(weight), flat(pos_weight), count, flat(mask), flat(alpha), flat(prior)
+    return (logits, target, *factors, columns, rows)
 
 
 # Autograd
@@ -304,8 +319,8 @@ _of_loss = str(torch.ops.fused_sce._sigmoid_cross_entropy_backward.default._sche
 _of_loss = _of_loss.split("Tensor input, ")[1].split(") ->")[0]
 torch.library.define(
     _NAME,
-    "(Tensor? grad_output, bool[3] wanted, ScalarType logits_dtype, SymInt chunk, SymInt first_label, "
-    f"SymInt num_labels, Tensor input, Tensor linear_weight, Tensor? bias, {_of_loss}) -> "
+    "(Tensor? grad_output, bool[3] wanted, ScalarType logits_dtype, SymInt chunk, "
+    f"Tensor input, Tensor linear_weight, Tensor? bias, {_of_loss}) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -317,8 +332,6 @@ def _fake(
     wanted: Sequence[bool],
     dtype: torch.dtype,
     chunk: int,
-    first_label: int,
-    num_labels: int,
     *args: Any,
 ) -> tuple[Tensor, ...]:
     layer, options = Layer(*args[:3]), args[3 + len(_autograd.TENSORS) - 1 :]
@@ -338,19 +351,17 @@ def _op_by_chunks(
     wanted: Sequence[bool],
     dtype: torch.dtype,
     size: int,
-    first_label: int,
-    num_labels: int,
     *args: Any,
 ) -> tuple[Tensor, ...]:
     """The loss, and the gradients that are wanted: for an upstream factor, which a loss of 0 comes with, or for 1."""
-    layer, chunks = Layer(*args[:3]), Chunks(dtype, size, first_label, num_labels)
+    layer, chunks = Layer(*args[:3]), Chunks(dtype, size)
     others = args[3 : 3 + len(_autograd.TENSORS) - 1]
     options = dict(zip(_autograd.OPTIONS, args[3 + len(others) :], strict=False))
     with torch.autocast(layer.input.device.type, enabled=False):
         try:
             return _by_chunks(grad_output, wanted, layer, chunks, others, options)
         except RuntimeError:
-            logits = stand_in(layer.input, dtype, num_labels)
+            logits = stand_in(layer.input, dtype, len(layer.weight))
             check_targets(named((logits, *others)), options)
             raise
 
@@ -370,13 +381,14 @@ def _by_chunks(
     x, labels = layer.input.to(dtype), len(layer.weight)
     memory = x.new_empty(len(x) * min(chunks.size, labels))  # one for all chunks
     total = x.new_zeros((), dtype=torch.float64)
-    _, by_weight, by_bias = gradients = _empty_gradients(layer, wanted)
+    _, by_weight, by_bias = gradients = _empty_gradients(layer, (False, *wanted[1:]))
     # Chunk by chunk a 16-bit type would lose what is small beside the sum.
     by_input = x.new_zeros(x.shape, dtype=torch.promote_types(dtype, torch.float32)) if wanted[0] else None
-    begins = range(0, max(labels, 1), chunks.size)
-    spans = [(begin, min(begin + chunks.size, labels)) for begin in begins]
-    pieces = _pieces(tensors, options, chunks, spans, len(x))
-    for (begin, end), (others, of_loss) in zip(spans, pieces, strict=True):
+    check_target(stand_in(x, dtype, labels), tensors, options)
+    of_sums = {**options, "dtype": torch.float64}
+    for begin in range(0, max(labels, 1), chunks.size):
+        end = min(begin + chunks.size, labels)
+        others, of_loss = part(tensors, of_sums, begin, end, labels)
         weight = layer.weight[begin:end].to(dtype)
         z = memory[: len(x) * (end - begin)].view(len(x), end - begin)
         if layer.bias is None:
@@ -412,80 +424,67 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _pieces(
-    tensors: tuple[Tensor | None, ...],
-    options: dict[str, Any],
-    chunks: Chunks,
-    spans: list[tuple[int, int]],
-    num_rows: int,
-) -> Iterator[tuple[tuple[Tensor | None, ...], _autograd.Options]]:
-    """The tensors of the loss but for the logits, and the options, for each span of the layer's labels.
-
-    Indices become lists of those in the span, padded with -1, so that a GPU need not be waited for.
-    """
-    target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
+def check_target(logits: Tensor, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:
+    """Check the indices of a target: those out of range would be in no part."""
+    target, *_, columns, rows = tensors
     assert target is not None
-    kept: Tensor | None = None
-    options = {**options, "dtype": torch.float64}  # of the sums
-    target_format, ignore_value = options.get("target_format", "dense"), options.get("ignore_value")
-    logits = stand_in(target.new_empty(num_rows, 1), chunks.dtype, chunks.num_labels)
+    target_format = options.get("target_format", "dense")
     if target_format in ("class_index", "index_list"):
-        check_indices(logits, target, target_format, ignore_value)  # those out of range would be in no span
-        target, options["target_format"] = target.long(), "index_list"
-        if target_format == "class_index":
-            target, options["ignore_value"] = target.unsqueeze(-1), None
-            kept = None if ignore_value is None else target != ignore_value
+        check_indices(logits, target, target_format, options.get("ignore_value"))
     elif target_format == "csr":
         assert columns is not None
         assert rows is not None
         check_csr(logits, columns, rows)
-        sparse = _by_span(target, columns.long(), rows.long(), chunks, spans)
 
-    def part(tensor: Tensor | None, begin: int, end: int) -> Tensor | None:
+
+def part(
+    tensors: tuple[Tensor | None, ...], options: dict[str, Any], begin: int, end: int, num_labels: int
+) -> tuple[tuple[Tensor | None, ...], _autograd.Options]:
+    """The tensors of the loss but for the logits, and the options, for labels [begin, end).
+
+    Indices become lists of those in there, padded with -1, because their number is known before a GPU has counted them.
+    """
+    target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
+    assert target is not None
+    of_part = dict(options)
+    target_format = options.get("target_format", "dense")
+
+    def sliced(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or tensor.dim() == 0 or tensor.shape[-1] == 1 else tensor[..., begin:end]
 
-    for begin, end in spans:
-        begin, end = begin + chunks.first_label, end + chunks.first_label
-        if target_format == "dense":
-            of_span = target[:, begin:end]
-        elif target_format == "packed":
-            of_span = _packed(target, begin, end, chunks.num_labels)
-        elif target_format == "csr":
-            of_span, columns, rows = next(sparse)
-        else:
-            of_span = torch.where((begin <= target) & (target < end), target - begin, -1)
-        mask_of_span = part(mask, begin, end)
-        if kept is not None:
-            mask_of_span = kept if mask_of_span is None else kept & mask_of_span
-        weights = part(weight, begin, end), part(pos_weight, begin, end)
-        others = part(alpha, begin, end), part(prior, begin, end), columns, rows
-        yield (of_span, *weights, count, mask_of_span, *others), tuple(options.values())
+    mask = sliced(mask)
+    if target_format == "dense":
+        target = target[:, begin:end]
+    elif target_format == "packed":
+        target = _packed(target, begin, end, num_labels)
+    elif target_format == "csr":
+        assert columns is not None
+        assert rows is not None
+        inside = (begin <= columns) & (columns < end)
+        before = F.pad(inside.cumsum(0), (1, 0))
+        target, columns, rows = target[inside], columns[inside] - begin, before[rows.long()]
+    else:
+        index = target.long()
+        if target_format == "class_index":
+            index = index.unsqueeze(-1)
+            if options["ignore_value"] is not None:
+                kept = index != options["ignore_value"]
+                mask = kept if mask is None else kept & mask
+            of_part["ignore_value"] = None
+        target = torch.where((begin <= index) & (index < end), index - begin, -1)
+        of_part["target_format"] = "index_list"
+    others = sliced(weight), sliced(pos_weight), count, mask, sliced(alpha), sliced(prior), columns, rows
+    return (target, *others), tuple(of_part.values())
 
 
 def _packed(target: Tensor, begin: int, end: int, num_labels: int) -> Tensor:
     """The bytes of labels [begin, end)."""
-    of_span = target[:, begin // 8 : (end + 7) // 8]
+    of_part = target[:, begin // 8 : (end + 7) // 8]
     shift = begin % 8
     if shift:
-        following = F.pad(of_span[:, 1:], (0, 1))
-        of_span = ((of_span >> shift) | (following << (8 - shift)))[:, : (end - begin + 7) // 8]
+        following = F.pad(of_part[:, 1:], (0, 1))
+        of_part = ((of_part >> shift) | (following << (8 - shift)))[:, : (end - begin + 7) // 8]
     if (end - begin) % 8 and end < num_labels:
-        of_span = of_span.clone()
-        of_span[:, -1] &= (1 << (end - begin) % 8) - 1
-    return of_span
-
-
-def _by_span(
-    values: Tensor, columns: Tensor, rows: Tensor, chunks: Chunks, spans: list[tuple[int, int]]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Values, columns and rows of a sparse target for each span; a GPU is waited for once."""
-    row = torch.repeat_interleave(rows.diff(), output_size=len(columns))
-    columns = columns - chunks.first_label
-    span = torch.div(columns, chunks.size, rounding_mode="floor")
-    span[columns >= spans[-1][1]] = len(spans)  # labels of another layer
-    span, order = torch.sort(span, stable=True)
-    values, columns, row = values[order], columns[order], row[order]
-    ends = torch.searchsorted(span, torch.arange(len(spans) + 1, device=span.device)).tolist()
-    row_numbers = torch.arange(len(rows), device=row.device)
-    for (begin, _), first, last in zip(spans, ends, ends[1:], strict=False):
-        yield values[first:last], columns[first:last] - begin, torch.searchsorted(row[first:last], row_numbers)
+        of_part = of_part.clone()
+        of_part[:, -1] &= (1 << (end - begin) % 8) - 1
+    return of_part

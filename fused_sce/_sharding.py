@@ -90,7 +90,7 @@ def _loss(input: DTensorSpec, *rest: Any, reduction: str = "none", **_: object) 
 
 def _backward(grad_output: DTensorSpec, input: DTensorSpec, *rest: Any) -> list[Strategy]:
     return [
-        ([placement], [*_beside(placement, input, grad_output), *_arguments(placement, input, *rest)])
+        ([placement], [*beside(placement, input, grad_output), *_arguments(placement, input, *rest)])
         for placement in _placements(input)
     ]
 
@@ -99,7 +99,7 @@ def _arguments(placement: Placement, input: DTensorSpec, *rest: Any) -> list[Pla
     """The placements of all arguments for this one of the logits. The count of one element broadcasts as a weight."""
     others = len(_autograd.TENSORS) - 1
     tensors, options = rest[:others], rest[others:]
-    return [placement, *_beside(placement, input, *tensors), *[None] * len(options)]
+    return [placement, *beside(placement, input, *tensors), *[None] * len(options)]
 
 
 def _reduced(placement: Placement, input: DTensorSpec, reduction: str) -> Placement:
@@ -132,7 +132,7 @@ def _placements(logits: DTensorSpec) -> list[Placement]:
     return [placement for placement in usual if placement in ranks] if possible else usual
 
 
-def _beside(placement: Placement, logits: DTensorSpec, *tensors: DTensorSpec | None) -> list[Placement | None]:
+def beside(placement: Placement, logits: DTensorSpec, *tensors: DTensorSpec | None) -> list[Placement | None]:
     """The placement of each tensor, which broadcasts to the logits, that goes with this one of theirs."""
     from torch.distributed.tensor import Replicate, Shard
 

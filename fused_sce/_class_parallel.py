@@ -1,0 +1,145 @@
+"""The linear layer and its loss where DTensors divide the labels, or the batch, among processes.
+
+Each rank computes the chunks of its own labels. Between the ranks go the gradient by the input, once, and the loss, a
+scalar; and once before the features of other ranks, where the same dimension of the mesh divides the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from fused_sce import _autograd, _linear
+from fused_sce._calls import Call, with_count
+from fused_sce._sharding import beside
+from fused_sce._torch_private import offsets_of_shard
+
+Placements = list[Placement]
+
+
+def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: Callable[[Tensor], Call]) -> Tensor:
+    """The loss of a layer whose weight is a DTensor: a DTensor if the input is one, else a plain tensor.
+
+    A plain tensor is the whole, the same on every rank.
+
+    Raises:
+        RuntimeError: Placements do not go together.
+    """
+    weight, bias = _checked(layer)
+    mesh, of_weight = weight.device_mesh, list(weight.placements)
+    is_sharded_input = isinstance(layer.input, DTensor)
+    input = _on_mesh("input", layer.input, mesh)
+    # Where the labels are divided each rank needs the features of all rows.
+    of_input = [own if by.is_replicate() else Replicate() for own, by in zip(input.placements, of_weight, strict=True)]
+    if any(not own.is_replicate() and not (isinstance(own, Shard) and own.dim < input.ndim - 1) for own in of_input):
+        raise RuntimeError(f"input must be sharded by batch or replicated, got {tuple(input.placements)}")
+    by_batch, by_label = ([own.is_shard() for own in placements] for placements in (of_input, of_weight))
+
+    layer = _linear.Layer(
+        input.redistribute(placements=of_input).to_local(grad_placements=_with_sums(of_input, by_label)),
+        weight.to_local(grad_placements=_with_sums(of_weight, by_batch)),
+        None if bias is None else bias.to_local(grad_placements=_with_sums(of_weight, by_batch)),
+    )
+    whole = layer.input.new_empty((), dtype=dtype).expand(*input.shape[:-1], len(weight))
+    tensors, options, _ = describe(whole)
+    _linear.check_loss(tuple(_plain(tensor) for tensor in tensors), options)
+    options = _linear.with_dtype(tensors, options)
+    of_logits = [Shard(input.ndim - 1) if is_label else own for is_label, own in zip(by_label, of_input, strict=True)]
+    begin = offsets_of_shard(weight)[0]
+    span = begin, begin + len(layer.weight), len(weight)
+    tensors, options = _own(mesh, tensors, options, of_logits, span)
+
+    added_up = [labels or batch for labels, batch in zip(by_label, by_batch, strict=True)]
+    of_sum = _with_sums([Replicate()] * mesh.ndim, added_up)
+    if tensors[4] is not None:
+        tensors = with_count(tensors, options, by_kernel=False)
+        count = DTensor.from_local(tensors[4], mesh, of_sum).full_tensor()
+        tensors = *tensors[:4], count, *tensors[5:]
+    value = DTensor.from_local(_linear.computed(layer, chunk_bytes, tensors, options), mesh, of_sum)
+    if is_sharded_input:
+        return value.redistribute(placements=[Replicate()] * mesh.ndim)
+    return value.full_tensor()
+
+
+def _checked(layer: _linear.Layer) -> tuple[DTensor, DTensor | None]:
+    """Weight and bias."""
+    weight, bias = layer.weight, layer.bias
+    if not isinstance(weight, DTensor):
+        raise RuntimeError("input is a DTensor, but weight is a plain tensor: make both DTensors on one mesh")
+    if any(not (own.is_replicate() or own.is_shard(0)) for own in weight.placements):
+        raise RuntimeError(f"weight must be sharded by label, Shard(0), or replicated, got {weight.placements}")
+    if bias is None:
+        return weight, None
+    if not isinstance(bias, DTensor) or bias.placements != weight.placements:
+        got = bias.placements if isinstance(bias, DTensor) else "a plain tensor"
+        raise RuntimeError(f"bias must be a DTensor with weight's placements {weight.placements}, got {got}")
+    return weight, bias
+
+
+def _with_sums(placements: Placements, added_up: list[bool]) -> Placements:
+    """These placements, `Partial` where the ranks' values are still to be added up."""
+    return [Partial() if adds else own for own, adds in zip(placements, added_up, strict=True)]
+
+
+def _on_mesh(name: str, tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """A tensor as a DTensor on the mesh."""
+    if not isinstance(tensor, DTensor):
+        return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if tensor.device_mesh != mesh:
+        raise RuntimeError(f"{name} and weight must be on one mesh, got {tensor.device_mesh} and {mesh}")
+    return tensor
+
+
+def _plain(tensor: Any) -> Any:
+    """A plain tensor of a DTensor's shape and dtype, in the memory of one element."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    element = tensor.to_local().detach().new_empty(())
+    return element.requires_grad_(tensor.requires_grad).expand(tensor.shape)
+
+
+def _own(
+    mesh: DeviceMesh,
+    tensors: _autograd.Tensors,
+    options: _autograd.Options,
+    of_logits: Placements,
+    span: tuple[int, int, int],
+) -> tuple[_autograd.Tensors, _autograd.Options]:
+    """The call of the loss of this rank's rows and labels; `span` are the labels' begin and end, and their number."""
+    logits: Any
+    target: Any
+    logits, target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
+    own_logits = _on_mesh("logits", logits, mesh).redistribute(placements=of_logits).to_local()
+
+    def own(name: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or (tensor.numel() == 1 and not isinstance(tensor, DTensor)):
+            return tensor
+        whole: Any = _on_mesh(name, tensor, mesh)
+        placements: Any = [beside(placement, logits, whole)[0] for placement in of_logits]
+        return whole.redistribute(placements=placements).to_local()
+
+    factors = own("loss_weight", weight), own("pos_weight", pos_weight), count, own("mask", mask)
+    others = own("alpha", alpha), own("smoothing_prior", prior), columns, rows
+    of_target = dict(zip(_autograd.OPTIONS, options, strict=False))
+    if of_target.get("target_format", "dense") == "dense":
+        return (own_logits, own("target", target), *factors, *others), options
+    of_rows = [Replicate() if placement.is_shard(logits.ndim - 1) else placement for placement in of_logits]
+    if columns is None:
+        target = _on_mesh("target", target, mesh).redistribute(placements=of_rows).to_local()
+    elif any(placement.is_shard() for placement in of_rows):
+        raise RuntimeError("a sparse target does not work with an input sharded by batch: pass an index_list")
+    own_logits, target, weight, pos_weight, count, mask, *rest = _linear.flattened(
+        (own_logits, target, *factors, *others)
+    )
+    of_all_labels = target, *[None] * 6, columns, rows
+    _linear.check_target(_linear.stand_in(own_logits, own_logits.dtype, span[2]), of_all_labels, of_target)
+    (target, *_, counted, _, _, columns, rows), options = _linear.part(of_all_labels, of_target, *span)
+    if counted is not None:
+        mask = counted if mask is None else mask & counted
+    return (own_logits, target, weight, pos_weight, count, mask, *rest[:2], columns, rows), options
