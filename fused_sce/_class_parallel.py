@@ -53,7 +53,8 @@ def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: C
     of_logits = [Shard(input.ndim - 1) if is_label else own for is_label, own in zip(by_label, of_input, strict=True)]
     begin = offsets_of_shard(weight)[0]
     span = begin, begin + len(layer.weight), len(weight)
-    tensors, options = _own(mesh, tensors, options, of_logits, span)
+    own_logits = _linear.stand_in(layer.input, dtype, len(layer.weight))
+    tensors, options = _own(mesh, tensors, options, of_logits, span, own_logits)
 
     added_up = [labels or batch for labels, batch in zip(by_label, by_batch, strict=True)]
     of_sum = _with_sums([Replicate()] * mesh.ndim, added_up)
@@ -110,26 +111,40 @@ def _own(
     options: _autograd.Options,
     of_logits: Placements,
     span: tuple[int, int, int],
+    own_logits: Tensor,
 ) -> tuple[_autograd.Tensors, _autograd.Options]:
-    """The call of the loss of this rank's rows and labels; `span` are the labels' begin and end, and their number."""
+    """The call of the loss of this rank's rows and labels; `span`: where these begin and end, and how many there are."""
     logits: Any
     target: Any
     logits, target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
-    own_logits = _on_mesh("logits", logits, mesh).redistribute(placements=of_logits).to_local()
+    last = logits.ndim - 1
+
+    def without_labels(placements: Placements) -> Placements:
+        return [
+            Replicate() if of_logit.is_shard(last) else own for own, of_logit in zip(placements, of_logits, strict=True)
+        ]
 
     def own(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or (tensor.numel() == 1 and not isinstance(tensor, DTensor)):
             return tensor
         whole: Any = _on_mesh(name, tensor, mesh)
-        placements: Any = [beside(placement, logits, whole)[0] for placement in of_logits]
-        return whole.redistribute(placements=placements).to_local()
+        wanted: Any = [beside(placement, logits, whole)[0] for placement in of_logits]
+        is_own = all(
+            have == want
+            for have, want, placement in zip(whole.placements, wanted, of_logits, strict=True)
+            if placement.is_shard(last)
+        )
+        if not is_own:  # the labels as a view: redistribute would copy them
+            wanted = without_labels(wanted)
+        part: Tensor = whole.redistribute(placements=wanted).to_local()
+        return part if is_own else part[..., slice(*span[:2])]
 
     factors = own("loss_weight", weight), own("pos_weight", pos_weight), count, own("mask", mask)
     others = own("alpha", alpha), own("smoothing_prior", prior), columns, rows
     of_target = dict(zip(_autograd.OPTIONS, options, strict=False))
     if of_target.get("target_format", "dense") == "dense":
         return (own_logits, own("target", target), *factors, *others), options
-    of_rows = [Replicate() if placement.is_shard(logits.ndim - 1) else placement for placement in of_logits]
+    of_rows = without_labels(of_logits)
     if columns is None:
         target = _on_mesh("target", target, mesh).redistribute(placements=of_rows).to_local()
     elif any(placement.is_shard() for placement in of_rows):

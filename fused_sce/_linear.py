@@ -26,6 +26,7 @@ from fused_sce._checks import (
     check_indices,
     check_targets,
     check_tensors,
+    shape_hint,
 )
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import has_memory, is_batched, is_tracing, is_transforming
@@ -77,11 +78,16 @@ def loss(
         from fused_sce import _class_parallel  # imports DTensor, which is there now
 
         return _class_parallel.loss(layer, dtype, chunk_bytes, describe)
-    tensors, options, _ = describe(stand_in(layer.input, dtype, len(layer.weight)))
+    tensors, options, _ = describe(stand_in(layer.input, dtype, layer.weight.shape[0]))
     check_loss(tensors, options)
     options = with_dtype(tensors, options)
     tensors = with_count(tensors, options, by_kernel=has_memory(layer.input) and layer.input.is_cpu)
-    return computed(layer, chunk_bytes, tensors, options)
+    try:
+        return computed(layer, chunk_bytes, tensors, options)
+    except ValueError:
+        if layer.input.dim() != 2:  # say where in the target as it was given, not in its rows
+            check_targets(named(tensors), dict(zip(_autograd.OPTIONS, options, strict=False)))
+        raise
 
 
 def computed(layer: Layer, chunk_bytes: int, tensors: _autograd.Tensors, options: _autograd.Options) -> Tensor:
@@ -136,13 +142,7 @@ def with_scale(layer: Layer, logit_scale: float | Tensor | None) -> Layer:
     for name, tensor in layer._asdict().items():
         if tensor is None and name == "bias":
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        check_dense(name, tensor)
-        check_dtype(name, tensor, LOGITS)
-        check_device(name, tensor, input)
-        if tensor.dtype != input.dtype and autocast_dtype(input, input) is None:
-            raise TypeError(f"{name} must have input's dtype {input.dtype} outside of autocast, got {tensor.dtype}")
+        check_part(name, tensor, input)
     if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             "input must have shape (..., D) and weight (C, D), with the same number of features D, got "
@@ -155,10 +155,25 @@ def with_scale(layer: Layer, logit_scale: float | Tensor | None) -> Layer:
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be one number, got a tensor of shape {tuple(logit_scale.shape)}")
+        check_dtype("logit_scale", logit_scale)
         logit_scale = logit_scale.reshape(())  # which does not change the dtype of the product
+        check_device("logit_scale", logit_scale, input)
     elif not isinstance(logit_scale, float | int | torch.SymFloat | None):
         raise TypeError(f"logit_scale must be a number, a tensor or None, got {type(logit_scale).__name__}")
     return layer if logit_scale is None else layer._replace(input=input * logit_scale)
+
+
+def check_part(name: str, tensor: Tensor, input: Tensor, name_of_input: str = "input") -> None:
+    """Check a part of a layer but for its shape; errors as in `with_scale`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
+    check_dtype(name, tensor, LOGITS)
+    check_device(name, tensor, input)
+    if tensor.dtype != input.dtype and autocast_dtype(input, input) is None:
+        raise TypeError(
+            f"{name} must have {name_of_input}'s dtype {input.dtype} outside of autocast, got {tensor.dtype}"
+        )
 
 
 def needs_logits(layer: Layer) -> bool:
@@ -193,6 +208,23 @@ def stand_in(input: Tensor, dtype: torch.dtype, num_labels: int) -> Tensor:
     return input.new_empty((), dtype=dtype).expand(*input.shape[:-1], num_labels)
 
 
+def check_shape(logits: Tensor, target: Tensor, target_format: str) -> None:
+    """Check a target that has a value for each logit, in words for users who do not see the logits.
+
+    Raises:
+        TypeError: It is no tensor.
+        ValueError: It has another shape.
+    """
+    if not isinstance(target, Tensor):
+        check_tensors({"input": logits, "target": target})
+    if target_format == "dense" and not target.is_nested and target.shape != logits.shape:
+        hint = shape_hint(logits, target) if target.numel() != logits.numel() else ""
+        raise ValueError(
+            f"target must have the logits' shape {tuple(logits.shape)}, a value for each row of input and each row of "
+            f"weight, got {tuple(target.shape)}{hint}"
+        )
+
+
 def check_loss(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
     """Check the tensors of the loss as it does itself, in the words of this function.
 
@@ -211,6 +243,19 @@ def check_loss(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
             )
 
 
+def check_chunk_bytes(chunk_bytes: int) -> None:
+    """Check that option by itself.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is not positive.
+    """
+    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
+        raise TypeError(f"chunk_bytes must be an int, got {type(chunk_bytes).__name__}")
+    if chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+
+
 def labels_of_chunk(chunk_bytes: int, logits: Tensor) -> int:
     """How many labels the logits of a chunk have: a multiple of 8, the labels of a packed byte.
 
@@ -218,11 +263,10 @@ def labels_of_chunk(chunk_bytes: int, logits: Tensor) -> int:
         TypeError: `chunk_bytes` is no whole number.
         ValueError: It is too small.
     """
-    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
-        raise TypeError(f"chunk_bytes must be an int, got {type(chunk_bytes).__name__}")
+    check_chunk_bytes(chunk_bytes)
     rows = math.prod(logits.shape[:-1])
     least = 8 * rows * logits.element_size()
-    if chunk_bytes < least or chunk_bytes <= 0:
+    if chunk_bytes < least:
         raise ValueError(
             f"chunk_bytes must hold the logits of 8 labels, {least} bytes for {rows} rows of {logits.dtype}, got "
             f"{chunk_bytes}"
@@ -236,11 +280,13 @@ def flattened(tensors: _autograd.Tensors) -> _autograd.Tensors:
     leading = logits.shape[:-1]
     logits = logits.reshape(-1, logits.shape[-1])
     if columns is None:  # a sparse target has two dimensions
-        target = target.reshape(len(logits), *target.shape[len(leading) :])
+        target = target.reshape(logits.shape[0], *target.shape[len(leading) :])
 
     def flat(factor: Tensor | None) -> Tensor | None:
         if factor is None or factor.dim() < 2 or len(leading) == 1:
             return factor
+        if math.prod(factor.shape[:-1]) == 1:
+            return factor.reshape(-1)  # the same for all rows
         return factor.expand(*leading, factor.shape[-1]).reshape(-1, factor.shape[-1])
 
     factors = flat(weight), flat(pos_weight), count, flat(mask), flat(alpha), flat(prior)
@@ -357,7 +403,8 @@ def _op_by_chunks(
     layer, chunks = Layer(*args[:3]), Chunks(dtype, size)
     others = args[3 : 3 + len(_autograd.TENSORS) - 1]
     options = dict(zip(_autograd.OPTIONS, args[3 + len(others) :], strict=False))
-    with torch.autocast(layer.input.device.type, enabled=False):
+    # A program that was exported may run with grad mode on.
+    with torch.no_grad(), torch.autocast(layer.input.device.type, enabled=False):
         try:
             return _by_chunks(grad_output, wanted, layer, chunks, others, options)
         except RuntimeError:

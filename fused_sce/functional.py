@@ -319,6 +319,7 @@ def linear_sigmoid_cross_entropy(
     label_alpha = alpha if isinstance(alpha, Tensor) else None
 
     def describe(logits: Tensor) -> Call:
+        _linear.check_shape(logits, target, target_format)
         tensors = _tensors(logits, target, loss_weight, pos_weight, mask, label_alpha)
         return _described(tensors, reduction, of_target, focus, inplace=False)
 
@@ -383,6 +384,8 @@ def sigmoid_contrastive_loss(
         ValueError: The shapes differ.
         TypeError, ValueError, RuntimeError: As in `linear_sigmoid_cross_entropy`.
     """
+    for name, features in (("image_features", image_features), ("text_features", text_features)):
+        _linear.check_part(name, features, image_features, "image_features")
     if image_features.dim() != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             "image_features and text_features must have the same shape (N, D), got "
@@ -390,6 +393,8 @@ def sigmoid_contrastive_loss(
         )
     bias = None
     if logit_bias is not None:
+        if not isinstance(logit_bias, Tensor | float | int):
+            raise TypeError(f"logit_bias must be a number, a tensor or None, got {type(logit_bias).__name__}")
         bias = torch.as_tensor(logit_bias, dtype=text_features.dtype, device=text_features.device)
         if bias.numel() != 1:
             raise ValueError(f"logit_bias must be one number, got a tensor of shape {tuple(bias.shape)}")

@@ -161,11 +161,11 @@ class MultiLabelHead(_LinearHead):
         """Features (..., in_features) to logits (..., num_classes), or with a target to the loss."""
         input = self._dropped(input)
         if not is_scripting():  # noqa: SIM102, a script leaves out what depends on this alone
-            if target is not None:
+            if target is not None or mask is not None:
                 return self._loss(input, target, mask)
         return F.linear(input, self.weight, self.bias)  # torch.jit.script cannot compile super().forward
 
-    def _loss(self, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def _loss(self, input: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.fused_loss is None:
             raise TypeError(
                 "this head returns logits and takes no target: make it with fused_loss=True, or call a loss with them"

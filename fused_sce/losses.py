@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fused_sce import functional
 from fused_sce._checks import check_reduction
-from fused_sce._linear import CHUNK_BYTES
+from fused_sce._linear import CHUNK_BYTES, check_chunk_bytes
 from fused_sce._torch_private import refuse_torchscript
 
 __all__ = [
@@ -345,6 +345,7 @@ class LinearSigmoidCrossEntropyLoss(_SigmoidLoss):
         functional.check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
         functional.check_clip(clip)
         functional.check_alpha(alpha)
+        check_chunk_bytes(chunk_bytes)
         _set(self, "alpha", alpha)
         self.gamma_neg = gamma_neg
         self.gamma_pos = gamma_pos
