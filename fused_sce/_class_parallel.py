@@ -113,7 +113,7 @@ def _own(
     span: tuple[int, int, int],
     own_logits: Tensor,
 ) -> tuple[_autograd.Tensors, _autograd.Options]:
-    """The call of the loss of this rank's rows and labels; `span`: where these begin and end, and how many there are."""
+    """The call of the loss of this rank's rows and labels; `span`: where these begin and end, and the number of all."""
     logits: Any
     target: Any
     logits, target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
@@ -137,7 +137,7 @@ def _own(
         if not is_own:  # the labels as a view: redistribute would copy them
             wanted = without_labels(wanted)
         part: Tensor = whole.redistribute(placements=wanted).to_local()
-        return part if is_own else part[..., slice(*span[:2])]
+        return part if is_own or part.shape[-1] == 1 else part[..., slice(*span[:2])]
 
     factors = own("loss_weight", weight), own("pos_weight", pos_weight), count, own("mask", mask)
     others = own("alpha", alpha), own("smoothing_prior", prior), columns, rows

@@ -6,9 +6,10 @@ and of that the products that make the gradients by input, weight and bias. Only
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from fused_sce._checks import (
 )
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import has_memory, is_batched, is_tracing, is_transforming
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHUNK_BYTES = 64 * 2**20
 """Of the logits of a chunk, by default."""
@@ -60,6 +64,7 @@ def loss(
     logit_scale: float | Tensor | None,
     chunk_bytes: int,
     describe: Callable[[Tensor], Call],
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The loss of the logits `logit_scale * (input @ weight.T) + bias`.
 
@@ -68,8 +73,13 @@ def loss(
         logit_scale: the same.
         chunk_bytes: how much memory the logits of a chunk may take.
         describe: makes the call of the loss of given logits.
+        group: each of its ranks has weights of its own, and its rows are compared with all of them.
     """
     layer = with_scale(layer, logit_scale)
+    if group is not None and (torch.compiler.is_compiling() or needs_logits(layer) or is_class_parallel(layer)):
+        raise RuntimeError(
+            "group works with plain tensors on CPU and CUDA, outside of torch.compile, torch.func and forward-mode AD"
+        )
     if needs_logits(layer):
         call_loss = call_traced if torch.compiler.is_compiling() else call
         return call_loss(*describe(F.linear(*layer)))
@@ -83,24 +93,35 @@ def loss(
     options = with_dtype(tensors, options)
     tensors = with_count(tensors, options, by_kernel=has_memory(layer.input) and layer.input.is_cpu)
     try:
-        return computed(layer, chunk_bytes, tensors, options)
+        return computed(layer, chunk_bytes, tensors, options, group)
     except ValueError:
         if layer.input.dim() != 2:  # say where in the target as it was given, not in its rows
             check_targets(named(tensors), dict(zip(_autograd.OPTIONS, options, strict=False)))
         raise
 
 
-def computed(layer: Layer, chunk_bytes: int, tensors: _autograd.Tensors, options: _autograd.Options) -> Tensor:
+def computed(
+    layer: Layer,
+    chunk_bytes: int,
+    tensors: _autograd.Tensors,
+    options: _autograd.Options,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """The loss, recorded by autograd where a gradient is wanted; the first of the tensors stands for the logits."""
     logits = tensors[0]
     chunks = Chunks(logits.dtype, labels_of_chunk(chunk_bytes, logits))
-    layer = layer._replace(input=layer.input.reshape(-1, layer.input.shape[-1]))
+    layer = layer._replace(input=_as_rows(layer.input))
     _, *others = flattened(tensors)
+    compute: Callable[..., Any] = op
+    if group is not None:
+        from fused_sce import _ring
+
+        compute = functools.partial(_ring.by_ring, group)
     value: Tensor
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in layer):
-        value = _LinearLoss.apply(*layer, chunks, tuple(others), options)
+        value = _LinearLoss.apply(*layer, compute, chunks, tuple(others), options)
     else:
-        value = _op(None, _NOTHING, *chunks, *layer, *others, *options)[0]
+        value = compute(None, _NOTHING, *chunks, *layer, *others, *options)[0]
     return value
 
 
@@ -115,7 +136,7 @@ def topk(layer: Layer, k: int, logit_scale: float | Tensor | None, chunk_bytes: 
             raise ValueError(f"k must be at least 1 and at most the number of labels, {labels}, got {k}")
         dtype = dtype_of_logits(layer)
         size = labels_of_chunk(chunk_bytes, stand_in(layer.input, dtype, labels))
-        input = layer.input.reshape(-1, layer.input.shape[-1])
+        input = _as_rows(layer.input)
         best, of_best = input.new_empty(len(input), 0, dtype=dtype), input.new_empty(len(input), 0, dtype=torch.int64)
         for begin in range(0, labels, size):
             end = min(begin + size, labels)
@@ -172,7 +193,7 @@ def check_part(name: str, tensor: Tensor, input: Tensor, name_of_input: str = "i
     check_device(name, tensor, input)
     if tensor.dtype != input.dtype and autocast_dtype(input, input) is None:
         raise TypeError(
-            f"{name} must have {name_of_input}'s dtype {input.dtype} outside of autocast, got {tensor.dtype}"
+            f"{name} must have dtype {input.dtype}, as {name_of_input}, outside of autocast, got {tensor.dtype}"
         )
 
 
@@ -193,7 +214,7 @@ def dtype_of_logits(layer: Layer) -> torch.dtype:
 def is_class_parallel(layer: Layer) -> bool:
     """Whether input or weight is a DTensor."""
     if not torch.compiler.is_compiling():
-        _sharding.register()
+        _sharding.register_for(*layer[:2])
     return any(_sharding.dtensor_of(tensor) is not None for tensor in layer[:2])
 
 
@@ -274,11 +295,16 @@ def labels_of_chunk(chunk_bytes: int, logits: Tensor) -> int:
     return 8 * (chunk_bytes // least) if rows else max(logits.shape[-1], 1)
 
 
+def _as_rows(tensor: Tensor) -> Tensor:
+    """The tensor in two dimensions; one of size 0 hinders -1."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
 def flattened(tensors: _autograd.Tensors) -> _autograd.Tensors:
     """The tensors of the loss, all of whose leading dimensions become one."""
     logits, target, weight, pos_weight, count, mask, alpha, prior, columns, rows = tensors
     leading = logits.shape[:-1]
-    logits = logits.reshape(-1, logits.shape[-1])
+    logits = _as_rows(logits)
     if columns is None:  # a sparse target has two dimensions
         target = target.reshape(logits.shape[0], *target.shape[len(leading) :])
 
@@ -287,7 +313,7 @@ def flattened(tensors: _autograd.Tensors) -> _autograd.Tensors:
             return factor
         if math.prod(factor.shape[:-1]) == 1:
             return factor.reshape(-1)  # the same for all rows
-        return factor.expand(*leading, factor.shape[-1]).reshape(-1, factor.shape[-1])
+        return _as_rows(factor.expand(*leading, factor.shape[-1]))
 
     factors = flat(weight), flat(pos_weight), count, flat(mask), flat(alpha), flat(prior)
     return (logits, target, *factors, columns, rows)
@@ -305,6 +331,7 @@ class _LinearLoss(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        compute: Callable[..., Any],
         chunks: Chunks,
         tensors: tuple[Tensor | None, ...],
         options: _autograd.Options,
@@ -314,11 +341,11 @@ class _LinearLoss(torch.autograd.Function):
         Not these in float16: divided by a large batch they underflow, before a GradScaler's factor could save them.
         """
         ctx.save_for_backward(input, weight, bias, *tensors)
-        ctx.chunks, ctx.options = chunks, options
+        ctx.compute, ctx.chunks, ctx.options = compute, chunks, options
         ctx.is_made = chunks.dtype is not torch.float16
         wanted = ctx.needs_input_grad[:3] if ctx.is_made else _NOTHING
         value: Tensor
-        value, *ctx.gradients = _op(None, wanted, *chunks, input, weight, bias, *tensors, *options)
+        value, *ctx.gradients = compute(None, wanted, *chunks, input, weight, bias, *tensors, *options)
         return value
 
     @staticmethod
@@ -331,14 +358,14 @@ class _LinearLoss(torch.autograd.Function):
             _refuse_derivatives(grad_output)
             is_last = has_memory(grad_output)
         if not ctx.is_made:
-            _, *gradients = _op(grad_output, wanted, *ctx.chunks, *ctx.saved_tensors, *ctx.options)
+            _, *gradients = ctx.compute(grad_output, wanted, *ctx.chunks, *ctx.saved_tensors, *ctx.options)
         elif is_last:
             ctx.is_made, gradients, ctx.gradients = False, ctx.gradients, None
             gradients = [_autograd.scaled(gradient, grad_output) for gradient in gradients]
         else:
             gradients = [gradient * grad_output for gradient in ctx.gradients]
         by = (gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
-        return *by, None, None, None
+        return *by, None, None, None, None
 
 
 def _refuse_derivatives(grad_output: Tensor) -> None:
@@ -413,7 +440,7 @@ def _op_by_chunks(
             raise
 
 
-_op = torch.ops.fused_sce._linear_sigmoid_cross_entropy.default
+op = torch.ops.fused_sce._linear_sigmoid_cross_entropy.default
 
 
 def _by_chunks(

@@ -8,7 +8,7 @@ t sigmoid(-x)`, both within 2 units in the last place (ULP) in float32 for t = 0
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from fused_sce._calls import COUNTED, Call, loss_function
 from fused_sce._checks import TARGET_FORMATS, check_reduction, parts_of_sparse
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import legacy_reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "asymmetric_loss",
@@ -362,6 +365,7 @@ def sigmoid_contrastive_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    group: ProcessGroup | None = None,
     chunk_bytes: int = _linear.CHUNK_BYTES,
 ) -> Tensor:
     """The loss of SigLIP, without the memory of the logits of all pairs: open_clip's `SigLipLoss`.
@@ -375,13 +379,19 @@ def sigmoid_contrastive_loss(
         text_features: (N, D)
         logit_scale: a number, or a tensor with one: the factor itself, not its logarithm.
         logit_bias: the same.
+        group: `torch.distributed.group.WORLD`, or another one whose ranks have pictures and texts of their own. The
+            pictures of each rank are compared with the texts of all, which go round a ring of the ranks: memory does
+            not grow with their number. All must call this together, with as many texts and, in backward, the same
+            upstream factor.
         chunk_bytes: how much memory the logits of a chunk of texts may take.
 
     Returns:
-        The loss, a scalar, differentiable in all four, once.
+        The loss, a scalar, differentiable in all four, once. With `group` it is that of this rank's pictures, and the
+        gradient by its texts is that of the sum over the ranks; as open_clip's, to be averaged by
+        `DistributedDataParallel`.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes differ, or those of the ranks.
         TypeError, ValueError, RuntimeError: As in `linear_sigmoid_cross_entropy`.
     """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
@@ -399,16 +409,14 @@ def sigmoid_contrastive_loss(
         if bias.numel() != 1:
             raise ValueError(f"logit_bias must be one number, got a tensor of shape {tuple(bias.shape)}")
         bias = bias.reshape(()).expand(len(text_features))
-    return linear_sigmoid_cross_entropy(
-        image_features,
-        text_features,
-        torch.arange(len(text_features), device=text_features.device),
-        bias,
-        logit_scale=logit_scale,
-        reduction="sum_classes",
-        target_format="class_index",
-        chunk_bytes=chunk_bytes,
-    )
+    own = torch.arange(len(text_features), device=text_features.device)
+    of_target = OfTarget(0.0, 0.5, None, None, "class_index", False)
+
+    def describe(logits: Tensor) -> Call:
+        return _described(_tensors(logits, own), "sum_classes", of_target, _NO_FOCUS, inplace=False)
+
+    layer = _linear.Layer(image_features, text_features, bias)
+    return _linear.loss(layer, logit_scale, chunk_bytes, describe, group)
 
 
 class OfTarget(NamedTuple):

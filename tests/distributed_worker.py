@@ -1,6 +1,7 @@
-"""What test_distributed.py runs in several processes: torchrun ... distributed_worker.py RESULTS
+"""What test_distributed.py runs in several processes: python distributed_worker.py PROCESSES RESULTS
 
 Every process makes every check of its world size, then the first writes what went wrong, "" for nothing, into RESULTS.
+The processes are forks of one that has imported everything, which takes longer than most checks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from measure import peak_bytes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -672,6 +674,222 @@ def a_process_without_rows() -> None:
     check_all_losses(mesh, [Shard(0)], (5, 7))
 
 
+# The linear layer and its loss in one
+
+
+def linear_problem(format_: str) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+    """Features (6, 5), weight (43, 5) and bias, a target and its options."""
+    generator = torch.Generator().manual_seed(0)
+    layer = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((6, 5), (43, 5), (43,))]
+    order = torch.stack([torch.randperm(43, generator=generator) for _ in range(6)])
+    dense = order < 4
+    weights = (dense.double() / 2 + 0.25) * dense
+    index = torch.where(torch.arange(4) < torch.arange(1, 7).unsqueeze(1), order[:, :4], -1)
+    bits = torch.nn.functional.pad(dense, (0, 5)).unflatten(1, (6, 8)) * torch.tensor([1, 2, 4, 8, 16, 32, 64, 128])
+    targets = {
+        "dense": (dense, {}),
+        "soft": (weights, {"ignore_value": 0.75}),
+        "class_index": (order[:, 0].where(torch.arange(6) != 2, -100), {"ignore_value": -100}),
+        "index_list": (index, {}),
+        "packed": (bits.sum(-1).to(torch.uint8), {}),
+        "csr": (weights.to_sparse_csr(), {}),
+    }
+    target, options = targets[format_]
+    if format_ in ("class_index", "index_list", "packed"):
+        options["target_format"] = format_
+    return layer, target, options
+
+
+def factors_of_linear_problem() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def factor(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator) + 0.5
+
+    return [
+        {},
+        {"loss_weight": factor(6, 1), "pos_weight": factor(43), "mask": factor(6, 43) > 0.8},
+        {"loss_weight": factor(6, 43), "alpha": factor(43) / 2, "smoothing_prior": factor(43) / 2},
+    ]
+
+
+def assert_linear_loss_is_the_whole_one(
+    mesh: DeviceMesh, of_input: Placements | None, of_weight: Placements, formats: Sequence[str]
+) -> None:
+    """Loss and gradients of a layer with these placements, plain input and target for None."""
+
+    def put_batch(tensor: Tensor | None) -> Any:
+        if of_input is None or tensor is None or tensor.layout is not torch.strided:
+            return tensor
+        by_batch = [own if tensor.dim() > 1 or tensor.shape[0] == 6 else Replicate() for own in of_input]
+        return put(tensor, mesh, by_batch)
+
+    for format_ in formats:
+        layer, target, options = linear_problem(format_)
+        for factors in factors_of_linear_problem():
+            for reduction in ("mean", "sum", "sum_classes"):
+                kwargs = {**options, "reduction": reduction, "chunk_bytes": 8 * 8 * 6}
+                whole = [part.clone().requires_grad_() for part in layer]
+                expected = F.linear_sigmoid_cross_entropy(*whole[:2], target, whole[2], **factors, **kwargs)
+                (expected * 3).backward()
+                input = put_batch(layer[0].clone()).requires_grad_()
+                weight, bias = (put(part, mesh, of_weight).requires_grad_() for part in layer[1:])
+                placed = {name: put_batch(factor) for name, factor in factors.items()}
+                loss = F.linear_sigmoid_cross_entropy(input, weight, put_batch(target), bias, **placed, **kwargs)
+                assert isinstance(loss, DTensor) == (of_input is not None)
+                (loss * 3).backward()
+                assert_same(loss.full_tensor() if isinstance(loss, DTensor) else loss, expected)
+                for ours, one in zip((input, weight, bias), whole, strict=True):
+                    gradient = ours.grad
+                    assert_same(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient, one.grad, 1e-9)
+
+
+FORMATS = ["dense", "soft", "class_index", "index_list", "packed", "csr"]
+
+
+@check(2)
+def linear_loss_divided_by_labels() -> None:
+    assert_linear_loss_is_the_whole_one(line(), None, [Shard(0)], FORMATS)
+    assert_linear_loss_is_the_whole_one(line(), [Replicate()], [Shard(0)], ["dense", "index_list"])
+
+
+@check(2)
+def linear_loss_divided_by_batch() -> None:
+    assert_linear_loss_is_the_whole_one(line(), [Shard(0)], [Replicate()], ["soft", "class_index", "packed"])
+    assert_linear_loss_is_the_whole_one(line(), [Shard(0)], [Shard(0)], ["soft", "class_index"])
+
+
+@check(4)
+def linear_loss_divided_by_labels_and_batch() -> None:
+    assert_linear_loss_is_the_whole_one(square(), [Shard(0), Replicate()], [Replicate(), Shard(0)], FORMATS[:-1])
+    assert_linear_loss_is_the_whole_one(square(), None, [Shard(0), Shard(0)], ["index_list", "packed", "csr"])
+
+
+@check(2)
+def linear_loss_sends_a_gradient_and_a_scalar() -> None:
+    layer, target, options = linear_problem("index_list")
+    input = layer[0].clone().requires_grad_()
+    weight, bias = (put(part, line(), [Shard(0)]).requires_grad_() for part in layer[1:])
+    with CommDebugMode() as communication:
+        F.linear_sigmoid_cross_entropy(input, weight, target, bias, **options).backward()
+    assert dict(communication.get_comm_counts()) == {torch.ops.c10d_functional.all_reduce: 2}
+
+
+@check(2)
+def linear_loss_explains_bad_input() -> None:
+    layer, target, options = linear_problem("index_list")
+    input, weight, bias = layer
+    by_label, by_feature = put(weight, line(), [Shard(0)]), put(weight, line(), [Shard(1)])
+    of_rows = put(input, line(), [Shard(0)])
+    wrong = target.clone()
+    wrong[5, 0] = 43
+    calls: list[tuple[Exception | type[Exception], str, tuple[Tensor, ...]]] = [
+        (RuntimeError, "weight must be sharded by label, Shard.0., or replicated", (input, by_feature, target)),
+        (RuntimeError, "bias must be a DTensor with weight's placements", (input, by_label, target, bias)),
+        (RuntimeError, "weight is a plain tensor", (of_rows, weight, target)),
+        (ValueError, r"target\[5, 0\] is 43, but an index must be in \[0, 42\]", (input, by_label, wrong)),
+        (ValueError, r"needs a target of shape \(6, 4\)", (input, by_label, target[:3])),
+        (ValueError, "the same number of features D", (input[:, :4], by_label, target)),
+    ]
+    for error, message, arguments in calls:
+        with pytest.raises(error, match=message):  # type: ignore[call-overload]
+            F.linear_sigmoid_cross_entropy(*arguments, **options)
+
+
+# SigLIP's loss over ranks
+
+
+def pairs(dtype: torch.dtype, count: int = 9) -> tuple[list[Tensor], list[Tensor]]:
+    """The features of the pictures and the texts of all ranks."""
+    generator = torch.Generator().manual_seed(0)
+
+    def features() -> Tensor:
+        return nn.functional.normalize(torch.randn(count, 5, dtype=torch.float64, generator=generator)).to(dtype)
+
+    ranks = dist.get_world_size()
+    return [features() for _ in range(ranks)], [features() for _ in range(ranks)]
+
+
+def check_contrastive_loss(dtype: torch.dtype, tolerance: float) -> None:
+    """Loss and gradients of this rank against open_clip's formula on the features of all, in float64."""
+    rank, images, texts = dist.get_rank(), *pairs(dtype)
+    own = [images[rank].clone(), texts[rank].clone(), torch.tensor(3.0, dtype=dtype), torch.tensor([-4.0], dtype=dtype)]
+    for part in own:
+        part.requires_grad_()
+    loss = F.sigmoid_contrastive_loss(*own, group=dist.group.WORLD, chunk_bytes=9 * 8 * 8)
+
+    of_all = [[part.double().requires_grad_() for part in features] for features in (images, texts)]
+    numbers = [[torch.tensor(value, dtype=torch.float64, requires_grad=True) for _ in images] for value in (3.0, -4.0)]
+    losses = []
+    for number, (image, scale, bias) in enumerate(zip(of_all[0], *numbers, strict=True)):
+        signs = -torch.ones(9, 9 * len(images), dtype=torch.float64)
+        signs[:, 9 * number : 9 * number + 9] += 2 * torch.eye(9, dtype=torch.float64)
+        logits = scale * image @ torch.cat(of_all[1]).T + bias
+        losses.append(-nn.functional.logsigmoid(signs * logits).sum() / 9)
+    (2 * sum(losses)).backward()
+
+    assert_same(loss.double(), losses[rank], tolerance)
+    expected = [part[rank].grad for part in (*of_all, *numbers)]
+    for _ in range(2):  # the second time from the features, all ranks together
+        for part in own:
+            part.grad = None
+        (2 * loss).backward(retain_graph=True)
+        assert_same(own[0].grad.double(), expected[0], tolerance)
+        assert_same(own[1].grad.double(), expected[1], tolerance)
+        for part, number in zip(own[2:], expected[2:], strict=True):  # sums in which much cancels
+            terms = own[0].grad.double().abs().sum().item()
+            torch.testing.assert_close(part.grad.double().reshape(()), number, rtol=0, atol=tolerance * terms)
+    with torch.no_grad():
+        assert_same(F.sigmoid_contrastive_loss(*own, group=dist.group.WORLD).double(), losses[rank], tolerance)
+
+
+@check(2)
+def contrastive_loss_of_every_dtype() -> None:
+    for dtype, tolerance in (
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-5),
+        (torch.bfloat16, 2e-2),
+        (torch.float16, 3e-3),
+    ):
+        check_contrastive_loss(dtype, tolerance)
+
+
+@check(4)
+def contrastive_loss_of_four_ranks() -> None:
+    check_contrastive_loss(torch.float64, 1e-12)
+
+
+@check(2)
+def contrastive_loss_needs_as_many_texts_on_each_rank() -> None:
+    features = torch.randn(3 + dist.get_rank(), 5)
+    with pytest.raises(ValueError, match=r"same number of texts, got \[3, 4\]: drop the last batch"):
+        F.sigmoid_contrastive_loss(features, features, 1.0, group=dist.group.WORLD)
+
+
+def check_memory_of_contrastive_loss() -> None:
+    """One chunk of logits, and a number of features that does not depend on that of the ranks."""
+    count, chunk = 512, 512 * 64 * 4
+    (image, *_), (text, *_) = pairs(torch.float32, count)
+    image, text = image.repeat(1, 4).requires_grad_(), text.repeat(1, 4).requires_grad_()
+
+    def step() -> None:
+        F.sigmoid_contrastive_loss(image, text, 3.0, -4.0, group=dist.group.WORLD, chunk_bytes=chunk).backward()
+
+    step()
+    image.grad = text.grad = None
+    assert peak_bytes(step) <= chunk + 11 * image.nbytes
+
+
+@check(2)
+def memory_of_contrastive_loss() -> None:
+    check_memory_of_contrastive_loss()
+
+
+@check(4)
+def memory_of_contrastive_loss_does_not_grow() -> None:
+    check_memory_of_contrastive_loss()
+
+
 def failures() -> dict[str, str]:
     """What each check of this world size raised in any process."""
     found = {}
@@ -687,13 +905,14 @@ def failures() -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def run_checks(rank: int, processes: int, results: Path) -> None:
     torch.set_num_threads(1)
     # A process that waits for one that failed does not wait long.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    meeting = f"file://{results}.store"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes, timeout=timedelta(seconds=30))
     found = failures()
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+    if rank == 0:
+        results.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
     # DTensor's caches keep the groups of sub-meshes, whose Gloo threads end some processes in std::terminate while the
@@ -703,4 +922,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    count, path = int(sys.argv[1]), Path(sys.argv[2])
+    torch.multiprocessing.start_processes(run_checks, (count, path), nprocs=count, start_method="fork")

@@ -25,7 +25,12 @@ TIMEOUT = 300
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:  # torchrun leaves its logs in TMPDIR
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": folder}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT}/benchmarks",
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": folder,
+        }
         return subprocess.run(
             [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
@@ -43,7 +48,7 @@ def results(processes: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         try:
-            done = torchrun(processes, Path(distributed_worker.__file__), str(path))
+            done = run(distributed_worker.__file__, str(processes), str(path))
         except subprocess.TimeoutExpired as expired:
             return {"worker": str(expired)}
         if done.returncode != 0:
