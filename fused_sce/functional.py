@@ -405,9 +405,11 @@ def sigmoid_contrastive_loss(
     if logit_bias is not None:
         if not isinstance(logit_bias, Tensor | float | int):
             raise TypeError(f"logit_bias must be a number, a tensor or None, got {type(logit_bias).__name__}")
-        bias = torch.as_tensor(logit_bias, dtype=text_features.dtype, device=text_features.device)
-        if bias.numel() != 1:
-            raise ValueError(f"logit_bias must be one number, got a tensor of shape {tuple(bias.shape)}")
+        if not isinstance(logit_bias, Tensor):
+            logit_bias = text_features.new_full((), logit_bias)  # on a GPU without waiting for it
+        if logit_bias.numel() != 1:
+            raise ValueError(f"logit_bias must be one number, got a tensor of shape {tuple(logit_bias.shape)}")
+        bias = logit_bias.to(text_features.device, text_features.dtype)
         bias = bias.reshape(()).expand(len(text_features))
     own = torch.arange(len(text_features), device=text_features.device)
     of_target = OfTarget(0.0, 0.5, None, None, "class_index", False)

@@ -286,6 +286,51 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("target_format", ["dense", "packed", "index_list", "class_index"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_loss_is_that_of_the_logits_waits_for_nothing_and_takes_one_chunk(
+    dtype: torch.dtype, target_format: str
+) -> None:
+    rows, features, count, chunk_bytes = 256, 64, 40_003, 2**20
+    x, w = (torch.randn(size, features, device=CUDA, dtype=dtype) / 8 for size in (rows, count))
+    b = torch.randn(count, device=CUDA, dtype=dtype)
+    targets = {
+        "dense": labels((rows, count)),
+        "packed": labels((rows, -(-count // 8))) * 3,  # zeros behind the last label
+        "index_list": torch.rand(rows, count, device=CUDA).topk(5).indices,
+        "class_index": torch.randint(0, count, (rows,), device=CUDA),
+    }
+    options: dict[str, str] = {"target_format": target_format, "reduction": "sum_classes"}
+    parts = [part.requires_grad_() for part in (x, w, b)]
+    target = targets[target_format]
+
+    def step() -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = F.linear_sigmoid_cross_entropy(x, w, target, b, chunk_bytes=chunk_bytes, **options)  # type: ignore[arg-type]
+        return loss, torch.autograd.grad(loss, parts)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, gradients = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    made = sum(part.nbytes for part in parts)
+    # x in float32, a product to add to it, its gradient; lists of indices; the allocator's rounding
+    assert torch.cuda.max_memory_allocated() - before <= made + chunk_bytes + 4 * rows * features * 4 + 2**17
+
+    whole = [part.detach().double().requires_grad_() for part in parts]
+    logits = nn.functional.linear(*whole)
+    expected = F.sigmoid_cross_entropy(logits, target, **options)  # type: ignore[arg-type]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    for ours, exact in zip(gradients, torch.autograd.grad(expected, whole), strict=True):
+        size = exact.abs().max().item()
+        torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance * size)
+
+
 @pytest.mark.parametrize("loss", [fused_sce.BCEWithLogitsLoss(), fused_sce.MultiLabelSoftMarginLoss()])
 def test_memory_is_the_gradient_and_nothing_else(loss: nn.Module) -> None:
     x = torch.randn(1024, 4096, device=CUDA, requires_grad=True)
