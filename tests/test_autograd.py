@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from memory import allocations
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -162,20 +163,6 @@ def test_only_the_wanted_gradient_is_made(loss: Loss) -> None:
     t.grad = None
     loss(x, t.detach()).sum().backward()
     assert t.grad is None
-
-
-def allocations(call: Callable[[], object]) -> list[int]:
-    """Bytes of each allocation that `call` makes on the CPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    found = []
-    events = list(profile.profiler.kineto_results.experimental_event_tree())
-    while events:
-        event = events.pop()
-        events.extend(event.children)
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            found.append(event.extra_fields.alloc_size)
-    return [size for size in found if size > 0]
 
 
 @pytest.mark.parametrize("function", [fused_sce.BCEWithLogitsLoss(), fused_sce.MultiLabelSoftMarginLoss()])

@@ -27,7 +27,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:  # torchrun leaves its logs in TMPDIR
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT}/benchmarks",
+            "PYTHONPATH": f"{ROOT}:{ROOT}/tools",
             "OMP_NUM_THREADS": "1",
             "TMPDIR": folder,
         }
