@@ -38,8 +38,10 @@ demo-emoji: setup  ## Train on one artist's emoji and test on another's, 621 tag
 	$(BIN)/python examples/train_multilabel_resnet.py --images $(EMOJI) --labels $(EMOJI)/google.csv --label-column tags \
 	  --group-column group --test-labels $(EMOJI)/twitter.csv --image-size 64 --epochs 8 --output $(OUTPUT)/emoji
 
-test: setup  ## Run all tests
-	$(BIN)/python -m pytest
+# Whole files go to each process, so that what a module builds is built once. A process that crashes fails the test it was at.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+test: setup  ## Run all tests, in two processes
+	$(BIN)/python -m pytest $(PARALLEL)
 
 CASES ?= 100000
 SEED ?= 0
@@ -126,7 +128,7 @@ try-wheel:  ## Run all tests on the wheel in dist/, with PYTHON and TORCH of you
 	$(TRY)/bin/pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[$(EXTRAS)]"
 	mkdir $(TRY)/source
 	cp -r setup.py pyproject.toml Makefile README.md csrc tests tools benchmarks examples $(TRY)/source
-	cd $(TRY)/source && ../bin/python -m fused_sce && ../bin/python tests/smoke.py && ../bin/python -m pytest $(PYTEST)
+	cd $(TRY)/source && ../bin/python -m fused_sce && ../bin/python tests/smoke.py && ../bin/python -m pytest $(PARALLEL) $(PYTEST)
 
 clean:  ## Remove everything that was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info $(OUTPUT) fused_sce/*.so

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import os
 import random
+
+# Read when torch is imported. Threads of torch that wait sleep: tests run in several processes, and spinning would take
+# the cores from the others. And inductor compiles in this process: its own processes would each import torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -91,6 +91,9 @@ def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     pytest.importorskip("torchvision", reason="the example's models")
     import train_step
 
+    parser = train_step.example.make_parser()
+    parser.set_defaults(arch="mobilenet_v3_small", batch_size=2, train_canvases=2, test_canvases=2)
+    monkeypatch.setattr(train_step.example, "make_parser", lambda: parser)
     monkeypatch.setattr(train_step, "LABELS", (3,))
     assert train_step.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "train_step.json").read_text())["rows"]

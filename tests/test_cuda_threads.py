@@ -1,58 +1,16 @@
-"""The CUDA kernels without a GPU: what each thread does, run on the CPU, and the machine code that nvcc has made."""
+"""The CUDA kernels without a GPU: the machine code that nvcc has made. What each thread does is in test_sweep.py."""
 
 from __future__ import annotations
 
-import os
-import platform
 import re
-import shutil
 import subprocess
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import count_instructions
 import pytest
 
 import fused_sce
-
-ROOT = Path(__file__).parent.parent
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
-X86 = platform.machine() in ("x86_64", "AMD64")
-
-# As the CPU kernels are compiled, with fused multiply-add throughout: a GPU has it, and the bits must be the same.
-FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *(["-mfma"] if X86 else [])]
-
-
-def compile_object(source: Path, folder: Path, flags: list[str]) -> Path:
-    target = folder / f"{source.stem}.o"
-    run = subprocess.run(
-        [COMPILER, *FLAGS, *flags, "-c", source, "-o", target], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, f"{source} does not compile:\n{run.stderr}"
-    return target
-
-
-def test_every_thread_of_a_grid_as_the_cpu(tmp_path: Path) -> None:
-    # Without sanitizers: `make sanitize` runs the same program under them.
-    jobs = [(ROOT / "tests/cpp/cuda_threads.cpp", ["-O1", "-Wall", "-Wextra"])]
-    jobs += [(source, ["-O2"]) for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if source.name != "op.cpp"]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compile_object(job[0], tmp_path, job[1]), jobs))
-    program = tmp_path / "cuda_threads"
-    subprocess.run([COMPILER, *objects, "-o", program], check=True)
-
-    run = subprocess.run(
-        [program],
-        env={**os.environ, "FUSED_SCE_ISA": "avx2" if X86 else "baseline"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if run.returncode == 77:
-        pytest.skip(f"this processor has no fused multiply-add: {run.stdout}")
-    assert run.returncode == 0, run.stdout + run.stderr
-
 
 # Kernels of one architecture, at most: 25 for sums (a sum with its gradient has 5 for float32 logits and 7 for each
 # 16-bit type, a sum alone 3, strided ones 3), 5 for elements, 6 for rows, 1 to scale, and 6 for the formulas of focal.h

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -72,15 +72,25 @@ def test_fakes_have_the_layout_of_results() -> None:
     torch.library.opcheck(torch.ops.fused_sce._sigmoid_cross_entropy_backward.default, (torch.rand_like(x), x, t))
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def fastest(action: Callable[[], object]) -> float:
+    """Seconds that this thread computed: what it waited for other programs does not count."""
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         action()
-        times.append(time.perf_counter() - begin)
+        times.append(time.thread_time() - begin)
     return min(times)
 
 
+@pytest.mark.usefixtures("_one_thread")
 def test_channels_last_is_as_fast_as_contiguous() -> None:
     # As strided operands they took 3 times as long; 1.5 leaves room for a busy machine.
     x, t = torch.randn(16, 80, 64, 64), torch.randint(0, 2, (16, 80, 64, 64), dtype=torch.uint8)
@@ -89,6 +99,7 @@ def test_channels_last_is_as_fast_as_contiguous() -> None:
     assert fastest(lambda: F.binary_cross_entropy_with_logits(y, u)) < 1.5 * fastest(flat)
 
 
+@pytest.mark.usefixtures("_one_thread")
 def test_a_transposed_target_is_gathered_by_tiles() -> None:
     # Element by element it took 14 times as long.
     x, t = torch.randn(8000, 8000), torch.zeros(8000, 8000, dtype=torch.int8)

@@ -1,6 +1,6 @@
 // The CUDA kernels without a GPU: runs the loops of csrc/cuda for every thread of a grid on the CPU. Results of single
 // elements are compared with the CPU kernels bit for bit. Sums over 16-bit logits and their gradients, which have a
-// formula of their own on a GPU, are compared with exact values. tests/test_cuda_threads.py compiles and runs it; exit
+// formula of their own on a GPU, are compared with exact values. tests/test_sweep.py compiles and runs it; exit
 // status 0 is success, 77 that this processor lacks the CPU kernels that FUSED_SCE_ISA names.
 //
 // Arrays end where their allocation ends, so that with -fsanitize=address a read or write past an operand is an error,
