@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 from fused_sce import _autograd, _linear
 from fused_sce._calls import Call, with_count
 from fused_sce._sharding import beside
-from fused_sce._torch_private import offsets_of_shard
+from fused_sce._torch_private import place_of_shard
 
 Placements = list[Placement]
 
@@ -30,6 +30,7 @@ def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: C
 
     Raises:
         RuntimeError: Placements do not go together.
+        ValueError: The shards are not those of a tensor of this shape.
     """
     weight, bias = _checked(layer)
     mesh, of_weight = weight.device_mesh, list(weight.placements)
@@ -51,7 +52,12 @@ def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: C
     _linear.check_loss(tuple(_plain(tensor) for tensor in tensors), options)
     options = _linear.with_dtype(tensors, options)
     of_logits = [Shard(input.ndim - 1) if is_label else own for is_label, own in zip(by_label, of_input, strict=True)]
-    begin = offsets_of_shard(weight)[0]
+    (own_labels, _), (begin, _) = place_of_shard(weight)
+    if own_labels != len(layer.weight):
+        raise ValueError(
+            f"the shards of weight do not cover its {len(weight)} labels: this rank's has {len(layer.weight)} of them, "
+            f"not {own_labels}, as torch.distributed.tensor.distribute_tensor makes them"
+        )
     span = begin, begin + len(layer.weight), len(weight)
     own_logits = _linear.stand_in(layer.input, dtype, len(layer.weight))
     tensors, options = _own(mesh, tensors, options, of_logits, span, own_logits)

@@ -123,11 +123,11 @@ def decide_by_options(op: torch._ops.OpOverload) -> None:
     DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op] = schema_info
 
 
-def offsets_of_shard(tensor: DTensor) -> tuple[int, ...]:
-    """Where this rank's part of a DTensor begins in the whole."""
+def place_of_shard(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of this rank's part of a DTensor, and where it begins in the whole."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 def allows_implicit_replication(tensor: DTensor) -> bool:

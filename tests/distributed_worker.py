@@ -783,6 +783,8 @@ def linear_loss_explains_bad_input() -> None:
     of_rows = put(input, line(), [Shard(0)])
     wrong = target.clone()
     wrong[5, 0] = 43
+    rows = weight[:20] if dist.get_rank() == 0 else weight[20:]  # a DTensor of 43 rows has 22 and 21
+    uneven = DTensor.from_local(rows, line(), [Shard(0)], shape=weight.shape, stride=weight.stride())
     calls: list[tuple[Exception | type[Exception], str, tuple[Tensor, ...]]] = [
         (RuntimeError, "weight must be sharded by label, Shard.0., or replicated", (input, by_feature, target)),
         (RuntimeError, "bias must be a DTensor with weight's placements", (input, by_label, target, bias)),
@@ -790,6 +792,7 @@ def linear_loss_explains_bad_input() -> None:
         (ValueError, r"target\[5, 0\] is 43, but an index must be in \[0, 42\]", (input, by_label, wrong)),
         (ValueError, r"needs a target of shape \(6, 4\)", (input, by_label, target[:3])),
         (ValueError, "the same number of features D", (input[:, :4], by_label, target)),
+        (ValueError, "the shards of weight do not cover its 43 labels", (input, uneven, target)),
     ]
     for error, message, arguments in calls:
         with pytest.raises(error, match=message):  # type: ignore[call-overload]
