@@ -6,6 +6,7 @@ scalar; and once before the features of other ranks, where the same dimension of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+from torch.nn import functional as F
 
 from fused_sce import _autograd, _linear
 from fused_sce._calls import Call, with_count
@@ -36,12 +38,8 @@ def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: C
     mesh, of_weight = weight.device_mesh, list(weight.placements)
     is_sharded_input = isinstance(layer.input, DTensor)
     input = _on_mesh("input", layer.input, mesh)
-    # Where the labels are divided each rank needs the features of all rows.
-    of_input = [own if by.is_replicate() else Replicate() for own, by in zip(input.placements, of_weight, strict=True)]
-    if any(not own.is_replicate() and not (isinstance(own, Shard) and own.dim < input.ndim - 1) for own in of_input):
-        raise RuntimeError(f"input must be sharded by batch or replicated, got {tuple(input.placements)}")
+    of_input = _placements_of(input, of_weight)
     by_batch, by_label = ([own.is_shard() for own in placements] for placements in (of_input, of_weight))
-
     layer = _linear.Layer(
         input.redistribute(placements=of_input).to_local(grad_placements=_with_sums(of_input, by_label)),
         weight.to_local(grad_placements=_with_sums(of_weight, by_batch)),
@@ -72,6 +70,51 @@ def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: C
     if is_sharded_input:
         return value.redistribute(placements=[Replicate()] * mesh.ndim)
     return value.full_tensor()
+
+
+def topk(layer: _linear.Layer, k: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their labels (..., k): DTensors if the input is one, else plain tensors."""
+    weight, bias = _checked(layer)
+    mesh, of_weight = weight.device_mesh, list(weight.placements)
+    input = _on_mesh("input", layer.input, mesh)
+    of_input = _placements_of(input, of_weight)
+    rows = input.redistribute(placements=of_input).to_local()
+    own = _linear.Layer(rows, weight.to_local(), None if bias is None else bias.to_local())
+    values, labels = _linear.best(own, k, chunk_bytes)
+    last, missing = input.ndim - 1, (0, k - values.shape[-1])  # so many of each rank, also where it has fewer labels
+    labels = F.pad(labels + place_of_shard(weight)[1][0], missing, value=-1)
+    of_parts = [Shard(last) if by.is_shard() else own for own, by in zip(of_input, of_weight, strict=True)]
+    ranks = math.prod(size for size, by in zip(mesh.shape, of_weight, strict=True) if by.is_shard())
+
+    def whole(part: Tensor, placements: Placements, columns: int) -> DTensor:
+        like = torch.empty(*input.shape[:-1], columns, device="meta")  # also for shards of different sizes
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+    values, labels = (
+        whole(part, of_parts, ranks * k).redistribute(placements=of_input).to_local()
+        for part in (F.pad(values, missing), labels)
+    )
+    values, order = values.masked_fill(labels < 0, -math.inf).sort(dim=-1, descending=True, stable=True)
+    labels = labels.gather(-1, order)
+    order = (labels < 0).int().sort(dim=-1, stable=True).indices[..., :k]  # what is missing is last
+    values, labels = values.gather(-1, order), labels.gather(-1, order)
+    if isinstance(layer.input, DTensor):
+        values, labels = (whole(part, of_input, k) for part in (values, labels))
+    return values, labels
+
+
+def _placements_of(input: DTensor, of_weight: Placements) -> Placements:
+    """Those that the input takes: where the labels are divided each rank needs the features of all rows.
+
+    Raises:
+        RuntimeError: It is sharded by feature, or has parts that are still to be added up.
+    """
+    placements = [
+        own if by.is_replicate() else Replicate() for own, by in zip(input.placements, of_weight, strict=True)
+    ]
+    if any(not own.is_replicate() and not (isinstance(own, Shard) and own.dim < input.ndim - 1) for own in placements):
+        raise RuntimeError(f"input must be sharded by batch or replicated, got {tuple(input.placements)}")
+    return placements
 
 
 def _checked(layer: _linear.Layer) -> tuple[DTensor, DTensor | None]:

@@ -109,7 +109,7 @@ def computed(
 ) -> Tensor:
     """The loss, recorded by autograd where a gradient is wanted; the first of the tensors stands for the logits."""
     logits = tensors[0]
-    chunks = Chunks(logits.dtype, labels_of_chunk(chunk_bytes, logits))
+    chunks = Chunks(logits.dtype, labels_of_chunk(chunk_bytes, logits, layer.weight))
     layer = layer._replace(input=_as_rows(layer.input))
     _, *others = flattened(tensors)
     compute: Callable[..., Any] = op
@@ -118,7 +118,8 @@ def computed(
 
         compute = functools.partial(_ring.by_ring, group)
     value: Tensor
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in layer):
+    wants_gradient = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in layer)
+    if wants_gradient and not torch.compiler.is_exporting():  # a program that is exported has the op
         value = _LinearLoss.apply(*layer, compute, chunks, tuple(others), options)
     else:
         value = compute(None, _NOTHING, *chunks, *layer, *others, *options)[0]
@@ -129,23 +130,35 @@ def topk(layer: Layer, k: int, logit_scale: float | Tensor | None, chunk_bytes: 
     """The k largest logits of each row and their labels, the largest first; without a gradient."""
     with torch.no_grad():
         layer = with_scale(layer, logit_scale)
-        labels, leading = len(layer.weight), layer.input.shape[:-1]
+        labels = len(layer.weight)
         if not isinstance(k, int) or isinstance(k, bool):
             raise TypeError(f"k must be an int, got {type(k).__name__}")
         if not 1 <= k <= labels:
             raise ValueError(f"k must be at least 1 and at most the number of labels, {labels}, got {k}")
-        dtype = dtype_of_logits(layer)
-        size = labels_of_chunk(chunk_bytes, stand_in(layer.input, dtype, labels))
-        input = _as_rows(layer.input)
-        best, of_best = input.new_empty(len(input), 0, dtype=dtype), input.new_empty(len(input), 0, dtype=torch.int64)
-        for begin in range(0, labels, size):
-            end = min(begin + size, labels)
-            bias = None if layer.bias is None else layer.bias[begin:end]
-            values, indices = F.linear(input, layer.weight[begin:end], bias).topk(min(k, end - begin), sorted=False)
-            values, indices = torch.cat([best, values], 1), torch.cat([of_best, indices + begin], 1)
-            best, places = values.topk(min(k, values.shape[1]))
-            of_best = indices.gather(1, places)
-        return torch.return_types.topk((best.reshape(*leading, k), of_best.reshape(*leading, k)))
+        if is_class_parallel(layer):
+            from fused_sce import _class_parallel
+
+            values, indices = _class_parallel.topk(layer, k, chunk_bytes)
+        else:
+            values, indices = best(layer, k, chunk_bytes)
+        return torch.return_types.topk((values, indices))
+
+
+def best(layer: Layer, k: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their labels (..., k), or of all labels if they are fewer."""
+    labels, dtype = len(layer.weight), dtype_of_logits(layer)
+    size = labels_of_chunk(chunk_bytes, stand_in(layer.input, dtype, labels), layer.weight)
+    input = _as_rows(layer.input)
+    best, of_best = input.new_empty(len(input), 0, dtype=dtype), input.new_empty(len(input), 0, dtype=torch.int64)
+    for begin in range(0, labels, size):
+        end = min(begin + size, labels)
+        bias = None if layer.bias is None else layer.bias[begin:end]
+        values, indices = F.linear(input, layer.weight[begin:end], bias).topk(min(k, end - begin), sorted=False)
+        values, indices = torch.cat([best, values], 1), torch.cat([of_best, indices + begin], 1)
+        best, places = values.topk(min(k, values.shape[1]))
+        of_best = indices.gather(1, places)
+    shape = *layer.input.shape[:-1], best.shape[1]
+    return best.reshape(shape), of_best.reshape(shape)
 
 
 # The arguments
@@ -184,7 +197,7 @@ def with_scale(layer: Layer, logit_scale: float | Tensor | None) -> Layer:
     return layer if logit_scale is None else layer._replace(input=input * logit_scale)
 
 
-def check_part(name: str, tensor: Tensor, input: Tensor, name_of_input: str = "input") -> None:
+def check_part(name: str, tensor: object, input: Tensor, name_of_input: str = "input") -> None:
     """Check a part of a layer but for its shape; errors as in `with_scale`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -229,7 +242,7 @@ def stand_in(input: Tensor, dtype: torch.dtype, num_labels: int) -> Tensor:
     return input.new_empty((), dtype=dtype).expand(*input.shape[:-1], num_labels)
 
 
-def check_shape(logits: Tensor, target: Tensor, target_format: str) -> None:
+def check_shape(logits: Tensor, target: object, target_format: str) -> None:
     """Check a target that has a value for each logit, in words for users who do not see the logits.
 
     Raises:
@@ -238,6 +251,7 @@ def check_shape(logits: Tensor, target: Tensor, target_format: str) -> None:
     """
     if not isinstance(target, Tensor):
         check_tensors({"input": logits, "target": target})
+        return
     if target_format == "dense" and not target.is_nested and target.shape != logits.shape:
         hint = shape_hint(logits, target) if target.numel() != logits.numel() else ""
         raise ValueError(
@@ -277,7 +291,7 @@ def check_chunk_bytes(chunk_bytes: int) -> None:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
 
 
-def labels_of_chunk(chunk_bytes: int, logits: Tensor) -> int:
+def labels_of_chunk(chunk_bytes: int, logits: Tensor, weight: Tensor) -> int:
     """How many labels the logits of a chunk have: a multiple of 8, the labels of a packed byte.
 
     Raises:
@@ -292,7 +306,11 @@ def labels_of_chunk(chunk_bytes: int, logits: Tensor) -> int:
             f"chunk_bytes must hold the logits of 8 labels, {least} bytes for {rows} rows of {logits.dtype}, got "
             f"{chunk_bytes}"
         )
-    return 8 * (chunk_bytes // least) if rows else max(logits.shape[-1], 1)
+    labels = 8 * (chunk_bytes // least) if rows else max(logits.shape[-1], 1)
+    if weight.dtype != logits.dtype:  # autocast copies the weights of a chunk and their gradient, which may be larger
+        copies = 8 * 2 * max(weight.shape[1], 1) * logits.element_size()
+        labels = min(labels, 8 * max(chunk_bytes // copies, 1))
+    return labels
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -311,8 +329,6 @@ def flattened(tensors: _autograd.Tensors) -> _autograd.Tensors:
     def flat(factor: Tensor | None) -> Tensor | None:
         if factor is None or factor.dim() < 2 or len(leading) == 1:
             return factor
-        if math.prod(factor.shape[:-1]) == 1:
-            return factor.reshape(-1)  # the same for all rows
         return _as_rows(factor.expand(*leading, factor.shape[-1]))
 
     factors = flat(weight), flat(pos_weight), count, flat(mask), flat(alpha), flat(prior)
@@ -430,8 +446,7 @@ def _op_by_chunks(
     layer, chunks = Layer(*args[:3]), Chunks(dtype, size)
     others = args[3 : 3 + len(_autograd.TENSORS) - 1]
     options = dict(zip(_autograd.OPTIONS, args[3 + len(others) :], strict=False))
-    # A program that was exported may run with grad mode on.
-    with torch.no_grad(), torch.autocast(layer.input.device.type, enabled=False):
+    with torch.autocast(layer.input.device.type, enabled=False):
         try:
             return _by_chunks(grad_output, wanted, layer, chunks, others, options)
         except RuntimeError:
@@ -441,6 +456,24 @@ def _op_by_chunks(
 
 
 op = torch.ops.fused_sce._linear_sigmoid_cross_entropy.default
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    end = 7 + len(_autograd.TENSORS) - 1
+    ctx.chunks, ctx.options = inputs[2:4], inputs[end:]
+    ctx.save_for_backward(*inputs[4:end])
+
+
+def _backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients in a program that was exported, where the op stands alone."""
+    _refuse_derivatives(grad_output)
+    wanted = ctx.needs_input_grad[4:7]
+    _, *gradients = op(grad_output, wanted, *ctx.chunks, *ctx.saved_tensors, *ctx.options)
+    by = (gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
+    return None, None, None, None, *by, *[None] * (len(_autograd.TENSORS) - 1 + len(ctx.options))
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_save)
 
 
 def _by_chunks(

@@ -765,6 +765,33 @@ def linear_loss_divided_by_labels_and_batch() -> None:
     assert_linear_loss_is_the_whole_one(square(), None, [Shard(0), Shard(0)], ["index_list", "packed", "csr"])
 
 
+def assert_best_labels_are_the_whole_ones(mesh: DeviceMesh, of_input: Placements | None, of_weight: Placements) -> None:
+    layer, _, _ = linear_problem("dense")
+    for labels, rows in ((43, 6), (43, 5), (3, 6)):
+        input, (weight, bias) = layer[0][:rows], (part[:labels] for part in layer[1:])
+        bias = bias.clone()
+        bias[0] = -torch.inf
+        for k in (1, 3, labels):
+            expected = F.linear_topk(input, weight, k, bias)
+            placed = input if of_input is None else put(input, mesh, of_input)
+            of_all = F.linear_topk(placed, put(weight, mesh, of_weight), k, put(bias, mesh, of_weight), chunk_bytes=400)
+            for ours, one in zip(of_all, expected, strict=True):
+                assert isinstance(ours, DTensor) == (of_input is not None)
+                torch.testing.assert_close(ours.full_tensor() if isinstance(ours, DTensor) else ours, one)
+
+
+@check(2)
+def best_labels_of_all_ranks() -> None:
+    for of_input in (None, [Replicate()], [Shard(0)]):
+        assert_best_labels_are_the_whole_ones(line(), of_input, [Shard(0)])
+
+
+@check(4)
+def best_labels_by_labels_and_batch() -> None:
+    assert_best_labels_are_the_whole_ones(square(), [Shard(0), Replicate()], [Replicate(), Shard(0)])
+    assert_best_labels_are_the_whole_ones(square(), None, [Shard(0), Shard(0)])
+
+
 @check(2)
 def linear_loss_sends_a_gradient_and_a_scalar() -> None:
     layer, target, options = linear_problem("index_list")
