@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fused_sce._torch_private import (
 )
 
 Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 Call = tuple[_autograd.Tensors, _autograd.Options, bool]
 """What a loss asks of the op: tensors, options and whether in place. A count of `COUNTED` is still to be made."""
@@ -57,6 +58,20 @@ def loss_function(describe: Callable[Arguments, Call]) -> Callable[Arguments, Te
 
     loss.__signature__ = signature  # type: ignore[attr-defined]
     return refuse_torchscript(loss)
+
+
+def overridable(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Give a function what torch's own have: `__torch_function__`, and a reason why it cannot be scripted."""
+
+    @functools.wraps(function)
+    def public(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        tensors = (*args, *kwargs.values())
+        if not torch.compiler.is_compiling() and has_torch_function(tensors):
+            overridden: Result = handle_torch_function(public, tensors, *args, **kwargs)
+            return overridden
+        return function(*args, **kwargs)
+
+    return refuse_torchscript(public)
 
 
 def _explain(signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:

@@ -76,7 +76,7 @@ def topk(layer: _linear.Layer, k: int, chunk_bytes: int) -> tuple[Tensor, Tensor
     """The k largest logits of each row and their labels (..., k): DTensors if the input is one, else plain tensors."""
     weight, bias = _checked(layer)
     mesh, of_weight = weight.device_mesh, list(weight.placements)
-    input = _on_mesh("input", layer.input, mesh)
+    input = _on_mesh("input", layer.input.detach(), mesh)
     of_input = _placements_of(input, of_weight)
     rows = input.redistribute(placements=of_input).to_local()
     own = _linear.Layer(rows, weight.to_local(), None if bias is None else bias.to_local())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_sce import _autograd, _linear
-from fused_sce._calls import COUNTED, Call, loss_function
+from fused_sce._calls import COUNTED, Call, loss_function, overridable
 from fused_sce._checks import TARGET_FORMATS, check_reduction, parts_of_sparse
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import legacy_reduction
@@ -254,6 +254,7 @@ def asymmetric_loss(
     return _described(tensors, reduction, of_target, (gamma_pos, gamma_neg, check_clip(clip), None), inplace)
 
 
+@overridable
 def linear_sigmoid_cross_entropy(
     input: Tensor,
     weight: Tensor,
@@ -287,7 +288,7 @@ def linear_sigmoid_cross_entropy(
         input: features (..., D), float32, float64, bfloat16 or float16.
         weight: (C, D), of the same dtype, or of any under autocast.
         target: of the logits' shape (..., C), or as `target_format` says, or a sparse CSR tensor (N, C). On a GPU a
-            sparse tensor makes the host wait, once for each call.
+            sparse tensor makes the host wait, once for each chunk.
         bias: (C,)
         logit_scale: a number, or a tensor with one.
         loss_weight: `weight` of `sigmoid_cross_entropy`: factor of each element's loss.
@@ -330,6 +331,7 @@ def linear_sigmoid_cross_entropy(
     return _linear.loss(_linear.Layer(input, weight, bias), logit_scale, chunk_bytes, describe)
 
 
+@overridable
 def linear_topk(
     input: Tensor,
     weight: Tensor,
@@ -359,6 +361,7 @@ def linear_topk(
     return _linear.topk(_linear.Layer(input, weight, bias), k, logit_scale, chunk_bytes)
 
 
+@overridable
 def sigmoid_contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
+from fused_sce._linear import CHUNK_BYTES
 from fused_sce.functional import linear_topk
 from fused_sce.losses import LinearSigmoidCrossEntropyLoss
 
@@ -182,7 +183,8 @@ class MultiLabelHead(_LinearHead):
         Raises:
             ValueError: `k` is less than 1, or more than there are labels.
         """
-        return linear_topk(self._dropped(input), self.weight, k, self.bias)
+        chunk_bytes = CHUNK_BYTES if self.fused_loss is None else self.fused_loss.chunk_bytes
+        return linear_topk(self._dropped(input), self.weight, k, self.bias, chunk_bytes=chunk_bytes)
 
     def predict_proba(self, input: Tensor) -> Tensor:
         """Features (..., in_features) to the probability of each label (..., num_classes)."""
