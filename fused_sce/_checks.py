@@ -48,7 +48,11 @@ def check_tensors(
         cures = {
             "ndarray": ": pass torch.from_numpy(target)",
             "csr_matrix": ": pass torch.sparse_csr_tensor(m.indptr, m.indices, m.data, m.shape) of the matrix m",
+            "list": ": pass torch.tensor(target)",
         }
+        if target_format == "index_list":
+            padded = "pad_sequence(list(map(torch.tensor, target)), batch_first=True, padding_value=-1)"
+            cures["list"] = f": pass torch.nn.utils.rnn.{padded}"
         name = type(target).__name__
         raise TypeError(f"target must be a tensor, got {name}{cures.get(name.replace('_array', '_matrix'), '')}")
     check_dense("input", input)
@@ -95,8 +99,11 @@ def check_format(input: Tensor, target: Tensor, target_format: str) -> None:
             "packed": "eight labels in a byte",
             "index_list": "with any number of indices for each row of logits",
         }
+        shape = str(tuple(rest + last[target_format]))
+        if target_format == "index_list" and target.dim() != input.dim():
+            shape = f"({', '.join(map(str, [*rest, 'K']))})"
         raise ValueError(
-            f"target_format={target_format!r} needs a target of shape {tuple(rest + last[target_format])}, "
+            f"target_format={target_format!r} needs a target of shape {shape}, "
             f"{words[target_format]}, for logits of shape {tuple(input.shape)}, whose last dimension is that of the "
             f"labels, got {tuple(target.shape)}"
         )
@@ -212,7 +219,9 @@ def check_indices(input: Tensor, target: Tensor, target_format: str, ignore_valu
         if place is not None:
             *row, k = place
             at = ", ".join(map(str, [*row, order[(*row, k + 1)].item()]))
-            raise ValueError(f"target[{at}] is {ordered[place].item()}, which its row has already")
+            value = ordered[place].item()
+            cure = ": pad rows with -1, and pass labels of 0 and 1 as a dense target" if value in (0, 1) else ""
+            raise ValueError(f"target[{at}] is {value}, which its row has already{cure}")
 
 
 def check_csr(input: Tensor, columns: Tensor, rows: Tensor) -> None:
@@ -271,7 +280,9 @@ def check_dense(name: str, tensor: Tensor | None) -> None:
     if not isinstance(tensor, Tensor):
         return
     if tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass torch.cat({name}.unbind())")
+        is_index = name == "target" and not tensor.is_floating_point() and tensor.dtype is not torch.bool
+        cure = "torch.nested.to_padded_tensor(target, -1)" if is_index else f"torch.cat({name}.unbind())"
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass {cure}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: pass {name}.to_dense()")
 

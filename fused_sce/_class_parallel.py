@@ -1,7 +1,7 @@
 """The linear layer and its loss where DTensors divide the labels, or the batch, among processes.
 
 Each rank computes the chunks of its own labels. Between the ranks go the gradient by the input, once, and the loss, a
-scalar; and once before the features of other ranks, where the same dimension of the mesh divides the batch.
+scalar. Where the same dimension of the mesh divides the batch, the features of the other ranks are gathered first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.nn import functional as F
 
 from fused_sce import _autograd, _linear
-from fused_sce._calls import Call, with_count
+from fused_sce._calls import Call
 from fused_sce._sharding import beside
 from fused_sce._torch_private import place_of_shard
 
@@ -28,7 +28,7 @@ Placements = list[Placement]
 def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: Callable[[Tensor], Call]) -> Tensor:
     """The loss of a layer whose weight is a DTensor: a DTensor if the input is one, else a plain tensor.
 
-    A plain tensor is the whole, the same on every rank.
+    A plain argument is the whole, the same on every rank.
 
     Raises:
         RuntimeError: Placements do not go together.
@@ -62,8 +62,8 @@ def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: C
 
     added_up = [labels or batch for labels, batch in zip(by_label, by_batch, strict=True)]
     of_sum = _with_sums([Replicate()] * mesh.ndim, added_up)
+    tensors = _linear.counted(layer, chunk_bytes, tensors, options)
     if tensors[4] is not None:
-        tensors = with_count(tensors, options, by_kernel=False)
         count = DTensor.from_local(tensors[4], mesh, of_sum).full_tensor()
         tensors = *tensors[:4], count, *tensors[5:]
     value = DTensor.from_local(_linear.computed(layer, chunk_bytes, tensors, options), mesh, of_sum)
@@ -121,7 +121,7 @@ def _checked(layer: _linear.Layer) -> tuple[DTensor, DTensor | None]:
     """Weight and bias."""
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, DTensor):
-        raise RuntimeError("input is a DTensor, but weight is a plain tensor: make both DTensors on one mesh")
+        raise RuntimeError("weight must be a DTensor, as input or bias is: make all of them DTensors on one mesh")
     if any(not (own.is_replicate() or own.is_shard(0)) for own in weight.placements):
         raise RuntimeError(f"weight must be sharded by label, Shard(0), or replicated, got {weight.placements}")
     if bias is None:
@@ -202,7 +202,7 @@ def _own(
         (own_logits, target, *factors, *others)
     )
     of_all_labels = target, *[None] * 6, columns, rows
-    _linear.check_target(_linear.stand_in(own_logits, own_logits.dtype, span[2]), of_all_labels, of_target)
+    _linear.check_indices_of(_linear.stand_in(own_logits, own_logits.dtype, span[2]), of_all_labels, of_target)
     (target, *_, counted, _, _, columns, rows), options = _linear.part(of_all_labels, of_target, *span)
     if counted is not None:
         mask = counted if mask is None else mask & counted

@@ -1,13 +1,14 @@
 """A linear layer and its loss in one, by chunks of labels: the logits of all labels never exist.
 
-For each chunk of the weight's rows: the logits by torch's matrix product, in their memory their gradient by the kernel,
-and of that the products that make the gradients by input, weight and bias. Only an upstream factor is left to backward.
+Each chunk of the weight's rows gives logits; the kernel overwrites them with their gradient; matrix products of that
+give the gradients by input, weight and bias. Only an upstream factor is left to backward.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_sce import _autograd, _sharding, reference
-from fused_sce._calls import Call, call, call_traced, named, needs_reference, option, with_autocast, with_count
+from fused_sce._calls import COUNTED, Call, call, call_traced, named, needs_reference, option, with_autocast, with_count
 from fused_sce._checks import (
     LOGITS,
     PUBLIC_NAMES,
@@ -27,7 +28,6 @@ from fused_sce._checks import (
     check_indices,
     check_targets,
     check_tensors,
-    shape_hint,
 )
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import has_memory, is_batched, is_tracing, is_transforming
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
     """What makes the logits."""
 
     input: Tensor
-    """(N, D), or (..., D) as users give it."""
+    """(N, D) for the op, else (..., D)."""
     weight: Tensor
     """(C, D)"""
     bias: Tensor | None
@@ -75,29 +75,42 @@ def loss(
         describe: makes the call of the loss of given logits.
         group: each of its ranks has weights of its own, and its rows are compared with all of them.
     """
-    layer = with_scale(layer, logit_scale)
-    if group is not None and (torch.compiler.is_compiling() or needs_logits(layer) or is_class_parallel(layer)):
+    layer, chunk_bytes = with_scale(layer, logit_scale), whole_number("chunk_bytes", chunk_bytes)
+    by_logits, by_label = needs_logits(layer), is_class_parallel(layer)
+    if group is not None and (torch.compiler.is_compiling() or by_logits or by_label):
         raise RuntimeError(
             "group works with plain tensors on CPU and CUDA, outside of torch.compile, torch.func and forward-mode AD"
         )
-    if needs_logits(layer):
+    if by_logits:
         call_loss = call_traced if torch.compiler.is_compiling() else call
         return call_loss(*describe(F.linear(*layer)))
     dtype = dtype_of_logits(layer)
-    if is_class_parallel(layer):
+    if by_label:
         from fused_sce import _class_parallel  # imports DTensor, which is there now
 
         return _class_parallel.loss(layer, dtype, chunk_bytes, describe)
     tensors, options, _ = describe(stand_in(layer.input, dtype, layer.weight.shape[0]))
     check_loss(tensors, options)
     options = with_dtype(tensors, options)
-    tensors = with_count(tensors, options, by_kernel=has_memory(layer.input) and layer.input.is_cpu)
     try:
+        tensors = counted(layer, chunk_bytes, tensors, options)
         return computed(layer, chunk_bytes, tensors, options, group)
     except ValueError:
         if layer.input.dim() != 2:  # say where in the target as it was given, not in its rows
             check_targets(named(tensors), dict(zip(_autograd.OPTIONS, options, strict=False)))
         raise
+
+
+def counted(
+    layer: Layer, chunk_bytes: int, tensors: _autograd.Tensors, options: _autograd.Options
+) -> _autograd.Tensors:
+    """The tensors with the count that they ask for."""
+    if tensors[4] is not COUNTED:
+        return tensors
+    logits, target, _, _, _, *rest = flattened(tensors)
+    size = labels_of_chunk(chunk_bytes, logits, layer.weight)
+    count = _count(_as_rows(layer.input), logits.shape[1], size, target, None, None, None, *rest, *options)
+    return *tensors[:4], count, *tensors[5:]
 
 
 def computed(
@@ -118,7 +131,7 @@ def computed(
 
         compute = functools.partial(_ring.by_ring, group)
     value: Tensor
-    wants_gradient = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in layer)
+    wants_gradient = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in layer)
     if wants_gradient and not torch.compiler.is_exporting():  # a program that is exported has the op
         value = _LinearLoss.apply(*layer, compute, chunks, tuple(others), options)
     else:
@@ -131,8 +144,7 @@ def topk(layer: Layer, k: int, logit_scale: float | Tensor | None, chunk_bytes: 
     with torch.no_grad():
         layer = with_scale(layer, logit_scale)
         labels = len(layer.weight)
-        if not isinstance(k, int) or isinstance(k, bool):
-            raise TypeError(f"k must be an int, got {type(k).__name__}")
+        k, chunk_bytes = whole_number("k", k), whole_number("chunk_bytes", chunk_bytes)
         if not 1 <= k <= labels:
             raise ValueError(f"k must be at least 1 and at most the number of labels, {labels}, got {k}")
         if is_class_parallel(layer):
@@ -148,17 +160,18 @@ def best(layer: Layer, k: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row and their labels (..., k), or of all labels if they are fewer."""
     labels, dtype = len(layer.weight), dtype_of_logits(layer)
     size = labels_of_chunk(chunk_bytes, stand_in(layer.input, dtype, labels), layer.weight)
-    input = _as_rows(layer.input)
-    best, of_best = input.new_empty(len(input), 0, dtype=dtype), input.new_empty(len(input), 0, dtype=torch.int64)
+    input = _as_rows(layer.input).to(dtype)
+    found, of_found = input.new_empty(len(input), 0), input.new_empty(len(input), 0, dtype=torch.int64)
     for begin in range(0, labels, size):
         end = min(begin + size, labels)
-        bias = None if layer.bias is None else layer.bias[begin:end]
-        values, indices = F.linear(input, layer.weight[begin:end], bias).topk(min(k, end - begin), sorted=False)
-        values, indices = torch.cat([best, values], 1), torch.cat([of_best, indices + begin], 1)
-        best, places = values.topk(min(k, values.shape[1]))
-        of_best = indices.gather(1, places)
-    shape = *layer.input.shape[:-1], best.shape[1]
-    return best.reshape(shape), of_best.reshape(shape)
+        weight = layer.weight[begin:end].to(dtype)
+        bias = None if layer.bias is None else layer.bias[begin:end].to(dtype)
+        values, indices = F.linear(input, weight, bias).topk(min(k, end - begin), sorted=False)
+        values, indices = torch.cat([found, values], 1), torch.cat([of_found, indices + begin], 1)
+        found, places = values.topk(min(k, values.shape[1]))
+        of_found = indices.gather(1, places)
+    shape = *layer.input.shape[:-1], found.shape[1]
+    return found.reshape(shape), of_found.reshape(shape)
 
 
 # The arguments
@@ -206,7 +219,7 @@ def check_part(name: str, tensor: object, input: Tensor, name_of_input: str = "i
     check_device(name, tensor, input)
     if tensor.dtype != input.dtype and autocast_dtype(input, input) is None:
         raise TypeError(
-            f"{name} must have dtype {input.dtype}, as {name_of_input}, outside of autocast, got {tensor.dtype}"
+            f"{name_of_input} and {name} must have one dtype outside of autocast, got {input.dtype} and {tensor.dtype}"
         )
 
 
@@ -225,10 +238,10 @@ def dtype_of_logits(layer: Layer) -> torch.dtype:
 
 
 def is_class_parallel(layer: Layer) -> bool:
-    """Whether input or weight is a DTensor."""
+    """Whether a part of the layer is a DTensor."""
     if not torch.compiler.is_compiling():
-        _sharding.register_for(*layer[:2])
-    return any(_sharding.dtensor_of(tensor) is not None for tensor in layer[:2])
+        _sharding.register_for(*(tensor for tensor in layer if tensor is not None))
+    return any(tensor is not None and _sharding.dtensor_of(tensor) is not None for tensor in layer)
 
 
 def with_dtype(tensors: _autograd.Tensors, options: _autograd.Options) -> _autograd.Options:
@@ -253,7 +266,8 @@ def check_shape(logits: Tensor, target: object, target_format: str) -> None:
         check_tensors({"input": logits, "target": target})
         return
     if target_format == "dense" and not target.is_nested and target.shape != logits.shape:
-        hint = shape_hint(logits, target) if target.numel() != logits.numel() else ""
+        is_index = not target.is_floating_point() and target.dtype is not torch.bool
+        hint = ': for label indices pass target_format="index_list" or "class_index"' if is_index else ""
         raise ValueError(
             f"target must have the logits' shape {tuple(logits.shape)}, a value for each row of input and each row of "
             f"weight, got {tuple(target.shape)}{hint}"
@@ -268,6 +282,10 @@ def check_loss(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
     """
     tensors_by_name = named(tensors)
     names = {**PUBLIC_NAMES, "weight": "loss_weight"}
+    for name, tensor in tensors_by_name.items():
+        if isinstance(tensor, Tensor) and _sharding.dtensor_of(tensor) is not None:
+            name = names.get(name, name)
+            raise RuntimeError(f"{name} is a DTensor, but weight is a plain tensor: make both DTensors on one mesh")
     check_tensors(tensors_by_name, option(options, "target_format", "dense"), names)
     for name, tensor in tensors_by_name.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
@@ -278,43 +296,49 @@ def check_loss(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
             )
 
 
-def check_chunk_bytes(chunk_bytes: int) -> None:
-    """Check that option by itself.
+def whole_number(name: str, value: Any) -> int:
+    """An argument as an int.
 
     Raises:
         TypeError: It is no whole number.
         ValueError: It is not positive.
     """
-    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
-        raise TypeError(f"chunk_bytes must be an int, got {type(chunk_bytes).__name__}")
-    if chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif hasattr(value, "__index__") and not isinstance(value, bool):
+        number = operator.index(value)
+    else:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if number <= 0:
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
 
 
 def labels_of_chunk(chunk_bytes: int, logits: Tensor, weight: Tensor) -> int:
-    """How many labels the logits of a chunk have: a multiple of 8, the labels of a packed byte.
+    """How many labels the logits of a chunk have: a multiple of 8, the labels of a packed byte, if they are more.
 
     Raises:
-        TypeError: `chunk_bytes` is no whole number.
-        ValueError: It is too small.
+        ValueError: `chunk_bytes` does not hold those of one.
     """
-    check_chunk_bytes(chunk_bytes)
     rows = math.prod(logits.shape[:-1])
-    least = 8 * rows * logits.element_size()
-    if chunk_bytes < least:
+    of_label: Any = rows * logits.element_size()
+    budget: Any = chunk_bytes
+    if torch.compiler.is_compiling():  # at least one: a program is not bound to the number of rows of its example
+        budget = torch.sym_max(budget, of_label)
+    elif budget < of_label:
         raise ValueError(
-            f"chunk_bytes must hold the logits of 8 labels, {least} bytes for {rows} rows of {logits.dtype}, got "
+            f"chunk_bytes must hold the logits of one label, {of_label} bytes for {rows} rows of {logits.dtype}, got "
             f"{chunk_bytes}"
         )
-    labels = 8 * (chunk_bytes // least) if rows else max(logits.shape[-1], 1)
     if weight.dtype != logits.dtype:  # autocast copies the weights of a chunk and their gradient, which may be larger
-        copies = 8 * 2 * max(weight.shape[1], 1) * logits.element_size()
-        labels = min(labels, 8 * max(chunk_bytes // copies, 1))
-    return labels
+        of_label = torch.sym_max(of_label, 2 * weight.shape[1] * logits.element_size())
+    labels: Any = torch.sym_max(budget // torch.sym_max(of_label, 1), 1)
+    size: int = torch.sym_max(labels - labels % 8, torch.sym_min(labels, 7))  # less than 8 stay what they are
+    return size
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """The tensor in two dimensions; one of size 0 hinders -1."""
+    """The tensor in two dimensions: `reshape(-1, ...)` fails for a size of 0."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
@@ -372,7 +396,7 @@ class _LinearLoss(torch.autograd.Function):
             is_last = False  # a program may run again
         else:
             _refuse_derivatives(grad_output)
-            is_last = has_memory(grad_output)
+            is_last = has_memory(grad_output) and not grad_output.is_meta
         if not ctx.is_made:
             _, *gradients = ctx.compute(grad_output, wanted, *ctx.chunks, *ctx.saved_tensors, *ctx.options)
         elif is_last:
@@ -390,11 +414,11 @@ def _refuse_derivatives(grad_output: Tensor) -> None:
     Raises:
         RuntimeError: Autograd asks for a second derivative, or for batched gradients.
     """
-    cure = "call sigmoid_cross_entropy with the logits of torch.nn.functional.linear"
+    cure = "make the logits by torch.nn.functional.linear and call sigmoid_cross_entropy"
     if torch.is_grad_enabled():
-        raise RuntimeError(f"linear_sigmoid_cross_entropy has no second derivative (create_graph=True): {cure}")
+        raise RuntimeError(f"this loss of a layer has no second derivative (create_graph=True): {cure}")
     if is_batched(grad_output):
-        raise RuntimeError(f"linear_sigmoid_cross_entropy has no batched gradients (is_grads_batched=True): {cure}")
+        raise RuntimeError(f"this loss of a layer has no batched gradients (is_grads_batched=True): {cure}")
 
 
 # The op
@@ -455,6 +479,35 @@ def _op_by_chunks(
             raise
 
 
+_COUNT = "fused_sce::_linear_count"
+torch.library.define(
+    _COUNT,
+    f"(Tensor input, SymInt num_labels, SymInt chunk, {_of_loss}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake(_COUNT)
+def _fake_count(input: Tensor, *_: Any) -> Tensor:
+    return input.new_empty((), dtype=torch.int64)
+
+
+@torch.library.impl(_COUNT, "CompositeExplicitAutograd")
+def _count_by_chunks(input: Tensor, num_labels: int, size: int, *args: Any) -> Tensor:
+    """How many elements count, of rows as the input's."""
+    others = args[: len(_autograd.TENSORS) - 1]
+    options = dict(zip(_autograd.OPTIONS, args[len(others) :], strict=False))
+    check_indices_of(stand_in(input, input.dtype, num_labels), others, options)
+    total = input.new_zeros((), dtype=torch.int64)
+    for begin in range(0, max(num_labels, 1), size):
+        end = min(begin + size, num_labels)
+        (target, _, _, _, *rest), of_part = part(others, options, begin, end, num_labels)
+        logits = stand_in(input, input.dtype, end - begin)
+        total += with_count((logits, target, None, None, COUNTED, *rest), of_part, by_kernel=input.is_cpu)[4]
+    return total
+
+
+_count = torch.ops.fused_sce._linear_count.default
 op = torch.ops.fused_sce._linear_sigmoid_cross_entropy.default
 
 
@@ -491,7 +544,7 @@ def _by_chunks(
     _, by_weight, by_bias = gradients = _empty_gradients(layer, (False, *wanted[1:]))
     # Chunk by chunk a 16-bit type would lose what is small beside the sum.
     by_input = x.new_zeros(x.shape, dtype=torch.promote_types(dtype, torch.float32)) if wanted[0] else None
-    check_target(stand_in(x, dtype, labels), tensors, options)
+    check_indices_of(stand_in(x, dtype, labels), tensors, options)
     of_sums = {**options, "dtype": torch.float64}
     for begin in range(0, max(labels, 1), chunks.size):
         end = min(begin + chunks.size, labels)
@@ -531,7 +584,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def check_target(logits: Tensor, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:
+def check_indices_of(logits: Tensor, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:
     """Check the indices of a target: those out of range would be in no part."""
     target, *_, columns, rows = tensors
     assert target is not None
@@ -568,8 +621,9 @@ def part(
         assert columns is not None
         assert rows is not None
         inside = (begin <= columns) & (columns < end)
+        places = inside.nonzero().squeeze(1)  # a GPU is waited for, to know how many
         before = F.pad(inside.cumsum(0), (1, 0))
-        target, columns, rows = target[inside], columns[inside] - begin, before[rows.long()]
+        target, columns, rows = target[places], columns[places] - begin, before[rows.long()]
     else:
         index = target.long()
         if target_format == "class_index":

@@ -30,10 +30,10 @@ def by_ring(
     """What the op of `_linear` computes, for the weights of all ranks of a group; the positives are in a rank's own.
 
     Raises:
-        ValueError: The ranks' weights have different sizes.
+        ValueError: The ranks' weights have different shapes or dtypes, or they want different gradients.
     """
     ranks = dist.get_world_size(group)
-    _check_sizes(weight, group)
+    _check_ranks(weight, wanted, group)
     here, of_others = weight.detach().contiguous(), _without_positives(input, of_loss)
     by_here = torch.zeros_like(here, dtype=_wide(here.dtype)) if wanted[1] else None
     sums: list[Tensor] = []
@@ -51,7 +51,9 @@ def by_ring(
             request.wait()
         here = arriving
     last = by_weight if by_here is None else by_here
-    return tuple(total.to(one.dtype) for total, one in zip((*sums[:2], last, sums[2]), made, strict=True))
+    loss_of_all, by_input_of_all, by_bias_of_all = sums
+    totals = loss_of_all, by_input_of_all, last, by_bias_of_all
+    return tuple(total.to(one.dtype) for total, one in zip(totals, made, strict=True))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -70,16 +72,22 @@ def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dis
     return arriving, dist.batch_isend_irecv(operations)
 
 
-def _check_sizes(weight: Tensor, group: dist.ProcessGroup) -> None:
-    own = torch.tensor([len(weight)], device=weight.device)
-    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, own, group)
-    of_all = torch.cat(sizes)
-    words = "every rank must have the same number of texts"
+def _check_ranks(weight: Tensor, wanted: Sequence[bool], group: dist.ProcessGroup) -> None:
+    """Check that the ranks send one another what the others expect."""
+    facts = *weight.shape, weight.element_size(), int(wanted[1])
+    own = torch.cat([weight.new_full((1,), fact, dtype=torch.int64) for fact in facts])  # a GPU is not waited for
+    of_all = own.new_empty(dist.get_world_size(group), len(facts))
+    dist.all_gather(list(of_all.unbind()), own, group)
+    are_same = (of_all == own).all()
     if of_all.is_cuda:
-        torch._assert_async((of_all == own).all(), words)
-    elif not bool((of_all == own).all()):
-        raise ValueError(f"{words}, got {of_all.tolist()}: drop the last batch, which may be smaller (drop_last=True)")
+        torch._assert_async(are_same, "the ranks' texts must have one shape and dtype, and all or none a gradient")
+    elif not bool(are_same):
+        numbers, features, sizes, require = of_all.T.tolist()
+        raise ValueError(
+            "every rank must have the same number of texts and features, of one dtype, and all or none must require a "
+            f"gradient, got {numbers} texts, {features} features, {sizes} bytes for a number, and gradients {require}: "
+            "drop the last batch, which may be smaller (drop_last=True)"
+        )
 
 
 def _without_positives(input: Tensor, of_loss: tuple[Any, ...]) -> tuple[Any, ...]:

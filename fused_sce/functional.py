@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_sce import _autograd, _linear
 from fused_sce._calls import COUNTED, Call, loss_function, overridable
-from fused_sce._checks import TARGET_FORMATS, check_reduction, parts_of_sparse
+from fused_sce._checks import TARGET_FORMATS, check_device, check_reduction, parts_of_sparse
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import legacy_reduction
 
@@ -281,8 +281,9 @@ def linear_sigmoid_cross_entropy(
     """A linear layer and its sigmoid cross-entropy in one, without the memory of the logits.
 
     The loss of the logits `logit_scale * (input @ weight.T) + bias`, chunk by chunk of the labels. Forward makes the
-    gradients too, so that training takes one chunk of logits and the gradients, whatever the number of labels C, and as
-    long as the layer and the loss by themselves.
+    gradients too, so that training takes one chunk of logits and the gradients, whatever the number of labels C, and no
+    longer than the layer and the loss by themselves. In float16 backward makes them, and the logits again: divided by
+    a large batch they would underflow in forward.
 
     Args:
         input: features (..., D), float32, float64, bfloat16 or float16.
@@ -314,7 +315,7 @@ def linear_sigmoid_cross_entropy(
 
     Raises:
         TypeError, ValueError, RuntimeError: As in `sigmoid_cross_entropy`, and for features, devices and dtypes that do
-            not fit, `chunk_bytes` that does not hold the logits of 8 labels, a target or a factor that requires a
+            not fit, `chunk_bytes` that does not hold the logits of one label, a target or a factor that requires a
             gradient, and a second derivative.
     """
     check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
@@ -394,7 +395,7 @@ def sigmoid_contrastive_loss(
         `DistributedDataParallel`.
 
     Raises:
-        ValueError: The shapes differ, or those of the ranks.
+        ValueError: The shapes differ, or the ranks have different ones (on a GPU a failed assertion of the device).
         TypeError, ValueError, RuntimeError: As in `linear_sigmoid_cross_entropy`.
     """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
@@ -405,6 +406,8 @@ def sigmoid_contrastive_loss(
             f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
     bias = None
+    if logit_scale is None:
+        raise TypeError("logit_scale must be a number or a tensor, got NoneType")
     if logit_bias is not None:
         if not isinstance(logit_bias, Tensor | float | int):
             raise TypeError(f"logit_bias must be a number, a tensor or None, got {type(logit_bias).__name__}")
@@ -412,6 +415,7 @@ def sigmoid_contrastive_loss(
             logit_bias = text_features.new_full((), logit_bias)  # on a GPU without waiting for it
         if logit_bias.numel() != 1:
             raise ValueError(f"logit_bias must be one number, got a tensor of shape {tuple(logit_bias.shape)}")
+        check_device("logit_bias", logit_bias.reshape(()), text_features)
         bias = logit_bias.to(text_features.device, text_features.dtype)
         bias = bias.reshape(()).expand(len(text_features))
     own = torch.arange(len(text_features), device=text_features.device)

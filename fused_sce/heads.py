@@ -161,8 +161,9 @@ class MultiLabelHead(_LinearHead):
     def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Features (..., in_features) to logits (..., num_classes), or with a target to the loss."""
         input = self._dropped(input)
-        if not is_scripting():  # noqa: SIM102, a script leaves out what depends on this alone
-            if target is not None or mask is not None:
+        if not is_scripting():  # a script leaves out what depends on this alone
+            is_traced = self.fused_loss is None and isinstance(target, torch.fx.Proxy)  # by symbolic_trace of a head
+            if (target is not None or mask is not None) and not is_traced:
                 return self._loss(input, target, mask)
         return F.linear(input, self.weight, self.bias)  # torch.jit.script cannot compile super().forward
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fused_sce import functional
 from fused_sce._checks import check_reduction
-from fused_sce._linear import CHUNK_BYTES, check_chunk_bytes
+from fused_sce._linear import CHUNK_BYTES, whole_number
 from fused_sce._torch_private import refuse_torchscript
 
 __all__ = [
@@ -99,6 +99,7 @@ class _SigmoidLoss(_KeepsParameters):
 
     # The arguments of the function, tensors first.
     _factors: tuple[str, ...] = ("weight", "pos_weight")
+    _reductions: tuple[str, ...] = functional.REDUCTIONS
     _names: tuple[str, ...] = ("reduction", *functional.OfTarget._fields, "inplace")
     weight: Tensor | None
     pos_weight: Tensor | None
@@ -120,7 +121,7 @@ class _SigmoidLoss(_KeepsParameters):
         inplace: bool,
     ) -> None:
         super().__init__()
-        check_reduction(reduction, functional.REDUCTIONS)
+        check_reduction(reduction, self._reductions)
         functional.check_target_options(of_target)
         for name, factor in zip(self._factors, (weight, pos_weight), strict=True):
             if not isinstance(factor, Tensor | None):
@@ -308,6 +309,7 @@ class LinearSigmoidCrossEntropyLoss(_SigmoidLoss):
     """
 
     _factors = ("loss_weight", "pos_weight")
+    _reductions = functional.SCALAR_REDUCTIONS
     _names = (
         "reduction",
         *functional.OfTarget._fields,
@@ -341,16 +343,14 @@ class LinearSigmoidCrossEntropyLoss(_SigmoidLoss):
             label_smoothing, smoothing_prior, target_threshold, ignore_value, target_format, check_target
         )
         super().__init__(loss_weight, pos_weight, reduction, of_target, inplace=False)
-        check_reduction(reduction, functional.SCALAR_REDUCTIONS)
         functional.check_gammas(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
         functional.check_clip(clip)
         functional.check_alpha(alpha)
-        check_chunk_bytes(chunk_bytes)
         _set(self, "alpha", alpha)
         self.gamma_neg = gamma_neg
         self.gamma_pos = gamma_pos
         self.clip = clip
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes = whole_number("chunk_bytes", chunk_bytes)
 
     def forward(
         self,

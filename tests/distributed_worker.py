@@ -815,7 +815,7 @@ def linear_loss_explains_bad_input() -> None:
     calls: list[tuple[Exception | type[Exception], str, tuple[Tensor, ...]]] = [
         (RuntimeError, "weight must be sharded by label, Shard.0., or replicated", (input, by_feature, target)),
         (RuntimeError, "bias must be a DTensor with weight's placements", (input, by_label, target, bias)),
-        (RuntimeError, "weight is a plain tensor", (of_rows, weight, target)),
+        (RuntimeError, "weight must be a DTensor, as input or bias is", (of_rows, weight, target)),
         (ValueError, r"target\[5, 0\] is 43, but an index must be in \[0, 42\]", (input, by_label, wrong)),
         (ValueError, r"needs a target of shape \(6, 4\)", (input, by_label, target[:3])),
         (ValueError, "the same number of features D", (input[:, :4], by_label, target)),
@@ -890,10 +890,16 @@ def contrastive_loss_of_four_ranks() -> None:
 
 
 @check(2)
-def contrastive_loss_needs_as_many_texts_on_each_rank() -> None:
-    features = torch.randn(3 + dist.get_rank(), 5)
-    with pytest.raises(ValueError, match=r"same number of texts, got \[3, 4\]: drop the last batch"):
-        F.sigmoid_contrastive_loss(features, features, 1.0, group=dist.group.WORLD)
+def contrastive_loss_needs_the_same_of_each_rank() -> None:
+    rank, group = dist.get_rank(), dist.group.WORLD
+    for features, message in (
+        (torch.randn(3 + rank, 5), r"same number of texts.*got \[3, 4\] texts.*: drop the last batch"),
+        (torch.randn(3, 5 + rank), r"got \[3, 3\] texts, \[5, 6\] features"),
+        (torch.randn(3, 5, dtype=(torch.float32, torch.float64)[rank]), r"\[4, 8\] bytes for a number"),
+        (torch.randn(3, 5, requires_grad=rank == 0), r"and gradients \[1, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            F.sigmoid_contrastive_loss(features, features, 1.0, group=group)
 
 
 def check_memory_of_contrastive_loss() -> None:

@@ -123,7 +123,7 @@ def test_state_of_the_optimizer() -> None:
         ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
         ({"master": True}, "master must be False for float32"),
-        ({"chunk_bytes": 4095}, "chunk_bytes must hold the logits of 8 labels, 4096 bytes for 128 rows of float32"),
+        ({"chunk_bytes": 511}, "chunk_bytes must hold the logits of one label, 512 bytes for 128 rows of float32"),
     ],
 )
 def test_bad_settings(options: dict[str, object], message: str) -> None:

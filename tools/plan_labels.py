@@ -91,10 +91,10 @@ class Setting:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.master and self.item == 4:
             raise ValueError(f"master must be False for {self.dtype}: the weights are their own master")
-        least = 8 * self.rows * self.item
+        least = self.rows * self.item
         if self.chunk_bytes < least:
             raise ValueError(
-                f"chunk_bytes must hold the logits of 8 labels, {least} bytes for {self.rows} rows of {self.dtype}, "
+                f"chunk_bytes must hold the logits of one label, {least} bytes for {self.rows} rows of {self.dtype}, "
                 f"got {self.chunk_bytes}"
             )
 
@@ -111,7 +111,8 @@ class Setting:
     @property
     def chunk(self) -> int:
         """Labels of a chunk."""
-        return min(8 * (self.chunk_bytes // (8 * self.rows * self.item)), self.own)
+        labels = self.chunk_bytes // (self.rows * self.item)
+        return min(labels - labels % 8 or labels, self.own)
 
 
 @dataclasses.dataclass(frozen=True)
