@@ -8,9 +8,9 @@ OUTPUT ?= output
 OUT ?= $(OUTPUT)/gpu
 # What is installed as torch; another version for its tests: make test TORCH='torch==2.11.0 torchvision'
 TORCH ?= torch torchvision
-CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests/cpp tests/ptx benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo demo-emoji test fuzz sweep sweep-heads kernel sanitize bench gpu-check lint format wheel try-wheel clean help
+.PHONY: setup demo demo-emoji test fuzz sweep sweep-heads kernel sanitize gpu-code bench gpu-check lint format wheel try-wheel clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,9 @@ sanitize: setup  ## Run the kernels under the address, undefined-behaviour and t
 	  --build-lib build/sanitize/extension --build-temp build/sanitize/objects
 	PYTHONPATH=build/sanitize/extension LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" $(FIXED_ADDRESSES) \
 	  $(BIN)/python tests/concurrent_calls.py
+
+gpu-code: setup  ## Run the compiled CUDA kernels in an interpreter, and with defects (needs nvcc, no GPU; 20 minutes)
+	$(BIN)/python tests/ptx/run.py
 
 bench: setup  ## Compare the losses' speed and check the promised ratios, results in output/benchmarks
 	$(BIN)/python benchmarks/compare_losses.py --output $(OUTPUT)/benchmarks
