@@ -293,7 +293,8 @@ def linear_sigmoid_cross_entropy(
         bias: (C,)
         logit_scale: a number, or a tensor with one.
         loss_weight: `weight` of `sigmoid_cross_entropy`: factor of each element's loss.
-        pos_weight: as in `sigmoid_cross_entropy`, as are the following; they broadcast to the logits' shape.
+        pos_weight: as in `sigmoid_cross_entropy`, as are the following; they broadcast to the logits' shape. One
+            that has some but not all of more than two dimensions is copied for each row.
         mask: bool; where it is False, an element does not count.
         reduction: "mean", "sum" or "sum_classes".
         gamma_neg: as in `asymmetric_loss`; equal to `gamma_pos` for the focal loss.
