@@ -88,7 +88,7 @@ sanitize: setup  ## Run the kernels under the address, undefined-behaviour and t
 	PYTHONPATH=build/sanitize/extension LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" $(FIXED_ADDRESSES) \
 	  $(BIN)/python tests/concurrent_calls.py
 
-gpu-code: setup  ## Run the compiled CUDA kernels in an interpreter, and with defects (needs nvcc, no GPU; 20 minutes)
+gpu-code: setup  ## Run the compiled CUDA kernels in an interpreter, and with defects (needs nvcc, no GPU; minutes)
 	$(BIN)/python tests/ptx/run.py
 
 bench: setup  ## Compare the losses' speed and check the promised ratios, results in output/benchmarks

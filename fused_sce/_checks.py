@@ -6,8 +6,9 @@ where a call is not plain eager: under tracing, transforms or autocast, and for 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -389,3 +390,19 @@ def check_reduction(reduction: str, allowed: tuple[str, ...] = ("mean", "sum", "
         raise ValueError(
             f"{reduction} is not a valid value for reduction: it must be one of {', '.join(allowed)}{hint}"
         )
+
+
+def positive(name: str, value: object) -> int:
+    """`value` as an int of at least 1.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is less.
+    """
+    if not isinstance(value, SupportsIndex) or isinstance(value, bool):
+        counted = f"; give their number, {len(value)}" if isinstance(value, (list, tuple, set, dict)) else ""
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}{counted}")
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number

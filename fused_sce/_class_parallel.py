@@ -45,8 +45,7 @@ def loss(layer: _linear.Layer, dtype: torch.dtype, chunk_bytes: int, describe: C
         weight.to_local(grad_placements=_with_sums(of_weight, by_batch)),
         None if bias is None else bias.to_local(grad_placements=_with_sums(of_weight, by_batch)),
     )
-    whole = layer.input.new_empty((), dtype=dtype).expand(*input.shape[:-1], len(weight))
-    tensors, options, _ = describe(whole)
+    tensors, options, _ = describe(_linear.stand_in(_plain(input), dtype, len(weight)))
     _linear.check_loss(tuple(_plain(tensor) for tensor in tensors), options)
     options = _linear.with_dtype(tensors, options)
     of_logits = [Shard(input.ndim - 1) if is_label else own for is_label, own in zip(by_label, of_input, strict=True)]
@@ -173,7 +172,7 @@ def _own(
             Replicate() if of_logit.is_shard(last) else own for own, of_logit in zip(placements, of_logits, strict=True)
         ]
 
-    def own(name: str, tensor: Tensor | None) -> Tensor | None:
+    def part_of(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or (tensor.numel() == 1 and not isinstance(tensor, DTensor)):
             return tensor
         whole: Any = _on_mesh(name, tensor, mesh)
@@ -188,11 +187,11 @@ def _own(
         part: Tensor = whole.redistribute(placements=wanted).to_local()
         return part if is_own or part.shape[-1] == 1 else part[..., slice(*span[:2])]
 
-    factors = own("loss_weight", weight), own("pos_weight", pos_weight), count, own("mask", mask)
-    others = own("alpha", alpha), own("smoothing_prior", prior), columns, rows
+    factors = part_of("loss_weight", weight), part_of("pos_weight", pos_weight), count, part_of("mask", mask)
+    others = part_of("alpha", alpha), part_of("smoothing_prior", prior), columns, rows
     of_target = dict(zip(_autograd.OPTIONS, options, strict=False))
     if of_target.get("target_format", "dense") == "dense":
-        return (own_logits, own("target", target), *factors, *others), options
+        return (own_logits, part_of("target", target), *factors, *others), options
     of_rows = without_labels(of_logits)
     if columns is None:
         target = _on_mesh("target", target, mesh).redistribute(placements=of_rows).to_local()

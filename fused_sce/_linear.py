@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +27,7 @@ from fused_sce._checks import (
     check_indices,
     check_targets,
     check_tensors,
+    positive,
 )
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import has_memory, is_batched, is_tracing, is_transforming
@@ -75,7 +75,7 @@ def loss(
         describe: makes the call of the loss of given logits.
         group: each of its ranks has weights of its own, and its rows are compared with all of them.
     """
-    layer, chunk_bytes = with_scale(layer, logit_scale), whole_number("chunk_bytes", chunk_bytes)
+    layer, chunk_bytes = with_scale(layer, logit_scale), positive("chunk_bytes", chunk_bytes)
     by_logits, by_label = needs_logits(layer), is_class_parallel(layer)
     if group is not None and (torch.compiler.is_compiling() or by_logits or by_label):
         raise RuntimeError(
@@ -144,9 +144,9 @@ def topk(layer: Layer, k: int, logit_scale: float | Tensor | None, chunk_bytes: 
     with torch.no_grad():
         layer = with_scale(layer, logit_scale)
         labels = len(layer.weight)
-        k, chunk_bytes = whole_number("k", k), whole_number("chunk_bytes", chunk_bytes)
-        if not 1 <= k <= labels:
-            raise ValueError(f"k must be at least 1 and at most the number of labels, {labels}, got {k}")
+        k, chunk_bytes = positive("k", k), positive("chunk_bytes", chunk_bytes)
+        if k > labels:
+            raise ValueError(f"k must be at most the number of labels, {labels}, got {k}")
         if is_class_parallel(layer):
             from fused_sce import _class_parallel
 
@@ -296,24 +296,6 @@ def check_loss(tensors: _autograd.Tensors, options: _autograd.Options) -> None:
             )
 
 
-def whole_number(name: str, value: Any) -> int:
-    """An argument as an int.
-
-    Raises:
-        TypeError: It is no whole number.
-        ValueError: It is not positive.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif hasattr(value, "__index__") and not isinstance(value, bool):
-        number = operator.index(value)
-    else:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if number <= 0:
-        raise ValueError(f"{name} must be positive, got {number}")
-    return number
-
-
 def labels_of_chunk(chunk_bytes: int, logits: Tensor, weight: Tensor) -> int:
     """How many labels the logits of a chunk have: a multiple of 8, the labels of a packed byte, if they are more.
 
@@ -439,6 +421,12 @@ torch.library.define(
 )
 
 
+def split(of_loss: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    """The tensors and the named options of the loss among the arguments of an op."""
+    count = len(_autograd.TENSORS) - 1
+    return tuple(of_loss[:count]), dict(zip(_autograd.OPTIONS, of_loss[count:], strict=False))
+
+
 @torch.library.register_fake(_NAME)
 def _fake(
     grad_output: Tensor | None,
@@ -447,8 +435,8 @@ def _fake(
     chunk: int,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    layer, options = Layer(*args[:3]), args[3 + len(_autograd.TENSORS) - 1 :]
-    return layer.input.new_empty((), dtype=options[1]), *_empty_gradients(layer, wanted)
+    layer, (_, options) = Layer(*args[:3]), split(args[3:])
+    return layer.input.new_empty((), dtype=options["dtype"]), *_empty_gradients(layer, wanted)
 
 
 def _empty_gradients(layer: Layer, wanted: Sequence[bool]) -> list[Tensor]:
@@ -468,8 +456,7 @@ def _op_by_chunks(
 ) -> tuple[Tensor, ...]:
     """The loss, and the gradients that are wanted: for an upstream factor, which a loss of 0 comes with, or for 1."""
     layer, chunks = Layer(*args[:3]), Chunks(dtype, size)
-    others = args[3 : 3 + len(_autograd.TENSORS) - 1]
-    options = dict(zip(_autograd.OPTIONS, args[3 + len(others) :], strict=False))
+    others, options = split(args[3:])
     with torch.autocast(layer.input.device.type, enabled=False):
         try:
             return _by_chunks(grad_output, wanted, layer, chunks, others, options)
@@ -495,8 +482,7 @@ def _fake_count(input: Tensor, *_: Any) -> Tensor:
 @torch.library.impl(_COUNT, "CompositeExplicitAutograd")
 def _count_by_chunks(input: Tensor, num_labels: int, size: int, *args: Any) -> Tensor:
     """How many elements count, of rows as the input's."""
-    others = args[: len(_autograd.TENSORS) - 1]
-    options = dict(zip(_autograd.OPTIONS, args[len(others) :], strict=False))
+    others, options = split(args)
     check_indices_of(stand_in(input, input.dtype, num_labels), others, options)
     total = input.new_zeros((), dtype=torch.int64)
     for begin in range(0, max(num_labels, 1), size):

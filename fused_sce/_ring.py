@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_sce import _autograd, _linear
+from fused_sce import _linear
 
 
 def by_ring(
@@ -92,7 +92,6 @@ def _check_ranks(weight: Tensor, wanted: Sequence[bool], group: dist.ProcessGrou
 
 def _without_positives(input: Tensor, of_loss: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of the loss, none of whose rows has a positive."""
-    others = of_loss[1 : len(_autograd.TENSORS) - 1]
-    options = dict(zip(_autograd.OPTIONS, of_loss[len(_autograd.TENSORS) - 1 :], strict=True))
+    (_, *others), options = _linear.split(of_loss)
     options["target_format"] = "index_list"
     return input.new_full((len(input), 1), -1, dtype=torch.int64), *others, *options.values()

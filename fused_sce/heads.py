@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import numbers
-import operator
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, SupportsIndex, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
+from fused_sce._checks import positive
 from fused_sce._linear import CHUNK_BYTES
 from fused_sce.functional import linear_topk
 from fused_sce.losses import LinearSigmoidCrossEntropyLoss
@@ -55,8 +55,8 @@ class _LinearHead(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        in_features = _positive("in_features", in_features)
-        num_classes = _positive("num_classes", num_classes)
+        in_features = positive("in_features", in_features)
+        num_classes = positive("num_classes", num_classes)
         _check_head_options(dropout, init)
         self.dropout = float(dropout)
         self.init = init
@@ -81,17 +81,6 @@ class _LinearHead(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout={self.dropout}"
-
-
-def _positive(name: str, value: object) -> int:
-    """`value` as an int of at least 1."""
-    if not isinstance(value, SupportsIndex) or isinstance(value, bool):
-        counted = f"; give their number, {len(value)}" if isinstance(value, (list, tuple, set, dict)) else ""
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}{counted}")
-    number = operator.index(value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
 
 
 def _check_head_options(dropout: object, init: str) -> None:
@@ -161,14 +150,15 @@ class MultiLabelHead(_LinearHead):
     def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Features (..., in_features) to logits (..., num_classes), or with a target to the loss."""
         input = self._dropped(input)
-        if not is_scripting():  # a script leaves out what depends on this alone
-            is_traced = self.fused_loss is None and isinstance(target, torch.fx.Proxy)  # by symbolic_trace of a head
-            if (target is not None or mask is not None) and not is_traced:
+        if not is_scripting():  # noqa: SIM102, a script leaves out what depends on this alone
+            if target is not None or mask is not None:
                 return self._loss(input, target, mask)
         return F.linear(input, self.weight, self.bias)  # torch.jit.script cannot compile super().forward
 
-    def _loss(self, input: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _loss(self, input: Tensor, target: Any, mask: Tensor | None) -> Tensor:
         if self.fused_loss is None:
+            if isinstance(target, torch.fx.Proxy):  # torch.fx.symbolic_trace gives one for every argument
+                return F.linear(input, self.weight, self.bias)
             raise TypeError(
                 "this head returns logits and takes no target: make it with fused_loss=True, or call a loss with them"
             )
@@ -268,7 +258,7 @@ def replace_head(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    num_classes = _positive("num_classes", num_classes)
+    num_classes = positive("num_classes", num_classes)
     _check_head_options(dropout, init)
     if task not in tuple(_TASKS):
         raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {task!r}")

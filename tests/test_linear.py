@@ -617,8 +617,8 @@ def test_topk_of_odd_logits() -> None:
 @pytest.mark.parametrize(
     ("k", "error", "words"),
     [
-        (0, ValueError, "k must be positive, got 0"),
-        (42, ValueError, "k must be at least 1 and at most the number of labels, 41, got 42"),
+        (0, ValueError, "k must be at least 1, got 0"),
+        (42, ValueError, "k must be at most the number of labels, 41, got 42"),
         (2.0, TypeError, "k must be an int, got float"),
         (True, TypeError, "k must be an int, got bool"),
     ],
@@ -736,7 +736,7 @@ X, W, T, B = torch.randn(4, 5), torch.randn(10, 5), torch.rand(4, 10), torch.ran
         ({"chunk_bytes": 15}, ValueError, "^chunk_bytes must hold the logits of one label, 16 bytes for .*, got 15"),
         ({"chunk_bytes": 1e6}, TypeError, "^chunk_bytes must be an int, got float"),
         ({"chunk_bytes": True}, TypeError, "^chunk_bytes must be an int, got bool"),
-        ({"chunk_bytes": 0}, ValueError, "^chunk_bytes must be positive, got 0"),
+        ({"chunk_bytes": 0}, ValueError, "^chunk_bytes must be at least 1, got 0"),
         ({"target": T.clone().requires_grad_()}, RuntimeError, f"no gradient by target: pass target.detach.*{CURE}"),
         ({"loss_weight": T.clone().requires_grad_()}, RuntimeError, "no gradient by loss_weight: pass loss_weight.det"),
         ({"alpha": T.clone().requires_grad_()}, RuntimeError, r"no gradient by alpha: pass alpha.detach\(\)"),
@@ -775,7 +775,7 @@ def test_wrong_indices_name_the_first(target_format: str, target: Tensor, words:
 def test_module_checks_its_options() -> None:
     for options, error, words in (
         ({"chunk_bytes": "all"}, TypeError, "chunk_bytes must be an int, got str"),
-        ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be positive, got -1"),
+        ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be at least 1, got -1"),
         ({"reduction": "none"}, ValueError, "none is not a valid value"),
         ({"alpha": torch.tensor([2.0])}, ValueError, "alpha must be in"),
         ({"loss_weight": 2.0}, TypeError, "loss_weight must be a tensor, got float"),
