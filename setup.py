@@ -8,7 +8,7 @@ Environment variables:
 FUSED_SCE_CUDA          1 builds the CUDA kernels or fails with the reason, 0 leaves them out; unset builds them where
                         nvcc and a CUDA torch of the same major version are found, and says which it was.
 TORCH_CUDA_ARCH_LIST    GPU architectures, as for every torch extension; unset: those of the visible GPUs, or
-                        DEFAULT_ARCHS.
+                        DEFAULT_ARCHS, as far as nvcc knows them.
 CXX                     the C++ compiler; unset: c++. CC: the compiler that nvcc calls; unset: gcc.
 CUDA_HOME, MAX_JOBS     as for every torch extension.
 """
@@ -25,8 +25,11 @@ from setuptools import Extension, __version__, setup
 
 ROOT = Path(__file__).parent
 
-# One per generation that nvcc 13 compiles for (Turing, Ampere, Hopper, Blackwell) and PTX for what comes later.
-DEFAULT_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"
+# One for each generation: Turing, Ampere, Hopper, and Blackwell's two, for data centres and for the desk.
+DEFAULT_ARCHS = ["7.5", "8.0", "9.0", "10.0", "12.0"]
+# PTX beside the code, which a driver compiles for GPUs that come later, and for 11.0 (Thor), which runs no other's code
+# and no PTX of 12.0. The newest that nvcc knows has it, too.
+PTX_FOR = "10.0"
 
 # The oldest torch that the core works with, as the stable ABI encodes it: 2.11.0.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -42,9 +45,11 @@ CXX_FLAGS = [
 # --fmad=false for the same reason; no fast-math, ever: it flushes subnormals and loses tails.
 # A host function called on the device is an error: nvcc would only warn and compile the kernel to nothing.
 NVCC_FLAGS = [
-    *["-O3", "--compress-mode=size", "--fmad=false", "--threads=2", "-Werror=cross-execution-space-call"],
+    *["-O3", "--fmad=false", "--threads=2", "-Werror=cross-execution-space-call"],
     *["-Xcompiler=-fvisibility=hidden", *STABLE_ABI],
 ]
+# From CUDA 13 on. Older versions of nvcc may not know it, and older drivers cannot read what it makes.
+COMPRESS = "--compress-mode=size"
 LINK_FLAGS = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s"]
 
 if int(__version__.split(".")[0]) < 77:
@@ -156,17 +161,27 @@ def wants_cuda() -> bool:
             sys.exit(f"fused_sce: FUSED_SCE_CUDA=1, but {obstacle}")
         print(f"fused_sce: building for the CPU only: {obstacle}")
         return False
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or archs_for(HOME)
     print(f"fused_sce: building for CPU and CUDA (nvcc {nvcc_version(HOME)}, {os.environ['TORCH_CUDA_ARCH_LIST']})")
     return True
 
 
-def visible_archs() -> str:
-    """Architectures of the GPUs here, as TORCH_CUDA_ARCH_LIST; DEFAULT_ARCHS where there is none."""
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) or DEFAULT_ARCHS
+def archs_for(home: Path) -> str:
+    """Architectures to build for, as TORCH_CUDA_ARCH_LIST; those that nvcc does not know are left out, said aloud."""
+    command = [home / "bin/nvcc", "--list-gpu-arch"]
+    listed = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    visible = [f"{major}.{minor}" for major, minor in capabilities]
 
+    def knows(arch: str) -> bool:
+        return f"compute_{arch.replace('.', '')}" in listed
 
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", visible_archs())
+    if lacking := [arch for arch in visible or DEFAULT_ARCHS if not knows(arch)]:
+        print(f"fused_sce: nvcc {nvcc_version(home)} does not know the architectures {', '.join(lacking)}: left out")
+    if visible and not lacking:
+        return ";".join(visible)
+    known = [arch for arch in DEFAULT_ARCHS if knows(arch)]
+    return ";".join(f"{arch}+PTX" if arch in (PTX_FOR, known[-1]) else arch for arch in known)
 
 
 def sources(pattern: str) -> list[str]:
@@ -193,16 +208,18 @@ def cpu_library() -> Extension:
 
 def cuda_library(home: Path) -> Extension:
     """CUDA kernels, with the CUDA runtime inside: which one torch brings does not matter."""
+    version = nvcc_version(home)
+    compress = [COMPRESS] if int(version.split(".")[0]) >= 13 else []
     extension = CUDAExtension(
         "fused_sce.libfused_sce_cuda",
         [*sources("ops/bind.cpp"), *sources("cuda/*.cpp"), *sources("cuda/*.cu")],
         define_macros=[
             ("USE_CUDA", None),  # the headers of the stable ABI then declare what is for CUDA
-            ("FUSED_SCE_NVCC_VERSION", f'"{nvcc_version(home)}"'),
+            ("FUSED_SCE_NVCC_VERSION", f'"{version}"'),
             ("FUSED_SCE_CUDA_ARCHS", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
         ],
         depends=HEADERS,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *compress]},
         extra_link_args=LINK_FLAGS,
         py_limited_api=True,
     )

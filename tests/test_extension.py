@@ -130,6 +130,24 @@ def test_nvcc_without_a_host_compiler(tmp_path: Path) -> None:
     assert f"building for the CPU only: {reason}" in left_to_setup.stdout
 
 
+@pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(), reason="needs CUDA in torch, and no GPU")
+def test_nvcc_that_lacks_architectures(tmp_path: Path) -> None:
+    for number, (known, archs, said) in enumerate(
+        (
+            ("75 80 90 100 110 120", "7.5;8.0;9.0;10.0+PTX;12.0+PTX", ""),
+            ("50 75 80 90", "7.5;8.0;9.0+PTX", "does not know the architectures 10.0, 12.0: left out\n"),
+        )
+    ):
+        listed = " ".join(f"compute_{arch}" for arch in known.split())
+        script = f"case $1 in --list-gpu-arch) echo {listed};; *) echo 'release {torch.version.cuda}, V1';; esac"
+        toolkit = fake_nvcc(tmp_path / str(number), script)
+        run = run_setup(FUSED_SCE_CUDA="1", CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="")
+        assert run.returncode == 0, run.stderr
+        assert f"building for CPU and CUDA (nvcc {torch.version.cuda}, {archs})" in run.stdout
+        assert said in run.stdout
+        assert ("left out" in run.stdout) == bool(said)
+
+
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     old = tmp_path / "old-g++"

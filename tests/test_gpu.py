@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -233,6 +234,25 @@ def test_two_streams() -> None:
         for stream, (x, t), result in zip(streams, inputs, results, strict=True):
             with torch.cuda.stream(stream):
                 result.append(loss_and_gradient(x, t))
+    torch.cuda.synchronize()
+    for result, (loss, gradient) in zip(results, expected, strict=True):
+        for again_loss, again_gradient in result:
+            assert torch.equal(again_loss, loss)
+            assert torch.equal(again_gradient, gradient)
+
+
+def test_each_threads_default_stream_has_a_workspace_of_its_own() -> None:
+    # One handle, cudaStreamPerThread, which is another stream in each thread.
+    inputs = [(torch.randn(700 + 300 * i, 1000, device=CUDA), labels((700 + 300 * i, 1000))) for i in range(2)]
+    expected = [loss_and_gradient(x, t) for x, t in inputs]
+    torch.cuda.synchronize()
+
+    def run(x: Tensor, t: Tensor) -> list[tuple[Tensor, Tensor]]:
+        with torch.cuda.stream(torch.cuda.ExternalStream(2)):
+            return [loss_and_gradient(x, t) for _ in range(100)]
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, *zip(*inputs, strict=True)))
     torch.cuda.synchronize()
     for result, (loss, gradient) in zip(results, expected, strict=True):
         for again_loss, again_gradient in result:

@@ -16,9 +16,10 @@ namespace fused_sce::cuda {
 cudaError_t elements(const Problem& problem, cudaStream_t stream);
 
 // The sum of all losses over divisor_of(problem), into the one value of `total`; problem.gradient with it, if set. The
-// order of additions, and so every bit of the result, follows from the number of elements and the type of the logits.
-// `workspace` has workspace_words(problem) float64 words. The first must be 0 and is 0 again when the kernel ends; no
-// other kernel may use them meanwhile.
+// order of additions, and so every bit of the result, follows from the number of elements, the type of the logits,
+// whether the loss is one of focal.h, and, with a weight or pos_weight for each column, the number of columns
+// (launch.h). `workspace` has workspace_words(problem) float64 words. The first must be 0 and is 0 again when the
+// kernel ends; no other kernel may use them meanwhile.
 cudaError_t sum(const Problem& problem, const Result& total, double* workspace, cudaStream_t stream);
 
 // The loss summed over the last `columns` elements of each of `count` rows, over divisor_of(problem), into

@@ -3,8 +3,9 @@
 // Elements are dealt out in groups of neighbours (group_size), group g to thread g modulo the number of threads. Groups
 // are counted from the first element and never shifted to an aligned address; each operand of a group is loaded wide
 // where its own address is aligned, otherwise element by element. So which thread adds which losses in which order
-// follows from the length and the type of the logits alone: a sum has the same bits for a slice that starts at an odd
-// address, for a transposed tensor and for any type of target.
+// follows from the length, the type of the logits, the formula (group_size) and, with weights for each column, the
+// number of columns (threads_with_fixed_columns): a sum has the same bits for a slice that starts at an odd address and
+// for a target of any type and layout.
 #pragma once
 
 #include <algorithm>

@@ -31,31 +31,36 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 // The counter and the partial sums of one kernel at a time. There is one workspace for each stream, whose kernels run
-// one after the other; each leaves the counter at 0 for the next. It is never freed (32 KiB), and not taken from
-// torch's allocator: that may be serving a CUDA graph's private pool (torch.compile warms up in one), where a tensor
-// that outlives the graph is an error. Null: there is no memory left.
+// one after the other; each leaves the counter at 0 for the next. Streams are told apart by their id: a handle may come
+// back as that of a new stream while kernels of the destroyed one still run, and cudaStreamPerThread is another stream
+// in each thread. A workspace is never freed, and not taken from torch's allocator: that may be serving a CUDA graph's
+// private pool (torch.compile warms up in one), where a tensor that outlives the graph is an error. Null: there is no
+// memory left, or there have been more streams than kMaxStreams.
+constexpr size_t kMaxStreams = 1024;  // 32 MiB of workspaces, for programs that go on making streams
+
 double* workspace_of(int32_t device, cudaStream_t stream) {
   static std::mutex mutex;
-  static auto& workspaces = *new std::map<std::pair<int32_t, cudaStream_t>, double*>();
+  static auto& workspaces = *new std::map<std::pair<int32_t, unsigned long long>, double*>();
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream, &id));
   const std::lock_guard<std::mutex> lock(mutex);
-  double*& workspace = workspaces[{device, stream}];
-  if (!workspace) {
-    // Another thread may be capturing a graph. In the default mode its capture would fail on this allocation.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check(cudaThreadExchangeStreamCaptureMode(&mode));
-    const size_t bytes = cuda::kMaxWorkspaceWords * sizeof(double);
-    void* memory = nullptr;
-    cudaError_t status = cudaMalloc(&memory, bytes);
-    if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, bytes, stream);
-    check(cudaThreadExchangeStreamCaptureMode(&mode));
-    if (status == cudaErrorMemoryAllocation) {
-      cudaGetLastError();  // forgets it
-      return nullptr;
-    }
-    check(status);
-    workspace = static_cast<double*>(memory);
+  const auto found = workspaces.find({device, id});
+  if (found != workspaces.end()) return found->second;
+  if (workspaces.size() == kMaxStreams) return nullptr;
+  // Another thread may be capturing a graph. In the default mode its capture would fail on this allocation.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  const size_t bytes = cuda::kMaxWorkspaceWords * sizeof(double);
+  void* memory = nullptr;
+  cudaError_t status = cudaMalloc(&memory, bytes);
+  if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, bytes, stream);
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // forgets it
+    return nullptr;
   }
-  return workspace;
+  check(status);
+  return workspaces[{device, id}] = static_cast<double*>(memory);
 }
 
 struct CudaBackend {
@@ -75,14 +80,13 @@ struct CudaBackend {
     if (words > 0) check(cudaStreamIsCapturing(stream, &capture));
     double* workspace = nullptr;
     OptionalTensor zeros;
-    // The handle cudaStreamPerThread is another stream in each thread.
-    if (words > 0 && capture == cudaStreamCaptureStatusNone && stream != cudaStreamPerThread) {
+    if (words > 0 && capture == cudaStreamCaptureStatusNone) {
       workspace = workspace_of(total.get_device_index(), stream);
     }
     if (words > 0 && !workspace) {
       // A CUDA graph may be replayed on any stream, beside kernels that use this stream's workspace, and two counts in
-      // one counter would lose a block. So each captured sum has its own, zeroed by the graph. And where memory is
-      // short, torch's allocator gives back what it keeps in reserve.
+      // one counter would lose a block. So each captured sum has its own, zeroed by the graph. And where there is no
+      // workspace, torch's allocator gives back what it keeps in reserve.
       const std::vector<int64_t> size = {words};
       zeros = new_tensor(total, size, std::vector<int64_t>{1}, ScalarType::Double);
       workspace = static_cast<double*>(zeros->mutable_data_ptr());

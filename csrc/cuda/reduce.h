@@ -41,10 +41,10 @@ reduce_grid(double sum, const Problem& problem, const Result& total, double* wor
       __threadfence();  // whoever sees the count sees the partial sum
       // The last increment wraps the counter to 0, ready for the next sum.
       is_last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+      __threadfence();  // by the thread that counted: the barrier passes on to the block what it may see
     }
     __syncthreads();
     if (!is_last) return;
-    __threadfence();
     sum = 0.0;
     for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) sum += __ldcg(partial_sums + block);
     sum = BlockReduce(storage).Sum(sum);

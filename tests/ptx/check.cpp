@@ -402,8 +402,7 @@ class Case {
   void draw_dense_target() {
     const Options& options = problem_.options;
     const bool is_hard = one_in(2) || !is_floating(target_type_);
-    // Beyond [0, 1]; not beside infinite logits, of which no limit is promised.
-    is_beyond_ = is_floating(target_type_) && !has_special_ && !options.check_target && one_in(8);
+    is_beyond_ = is_floating(target_type_) && !options.check_target && one_in(8);
     const Layout layout = features_ != Features::All || one_in(2)
                               ? Layout::Contiguous
                               : any_of({Layout::Transposed, Layout::Gaps, Layout::Column});

@@ -107,6 +107,7 @@ class Machine {
       if (instructions > stop) fail("%s does not end", f_->name.c_str());
       if (current.done == threads_) {
         flush(current.pending);
+        flush(current.late);
         pool_.push_back(std::move(live[chosen]));
         live.erase(live.begin() + long(chosen));
       }
@@ -126,6 +127,8 @@ class Machine {
     int pc = 0;
     State state = State::Ready;
     int barriers = 0;
+    bool counted = false;   // an atomic
+    bool acquired = false;  // a fence after it: sees what others stored before they counted
     std::vector<Store> pending;
   };
   struct SharedByte {
@@ -141,9 +144,11 @@ class Machine {
     std::vector<uint8_t> shared;
     std::vector<SharedByte> shadow;
     std::vector<Store> pending;
+    std::vector<Store> late;  // not fenced before the count: who has seen the count need not see them
     std::vector<unsigned> ready;
     unsigned done = 0;
     unsigned waiting = 0;
+    bool acquired = false;  // by a thread before a barrier
   };
 
   std::unique_ptr<Block> begin(unsigned index) {
@@ -165,6 +170,7 @@ class Machine {
     b.pending.clear();
     b.ready.resize(threads_);
     b.done = b.waiting = 0;
+    b.acquired = false;
     // What was never written is a number that makes wrong results.
     std::vector<uint64_t> first(slots);
     for (size_t n = 0; n < slots; ++n) first[n] = 0x7ff4dead7fa4deadull & mask_of(f_->reg_bytes[n]);
@@ -295,12 +301,15 @@ class Machine {
     }
   }
 
-  uint64_t load_global(Block& b, unsigned t, const Allocation& from, uint64_t address, size_t bytes) {
+  uint64_t
+  load_global(const Block& b, unsigned t, const Inst& inst, const Allocation& from, uint64_t address, size_t bytes) {
     uint64_t value = 0;
     std::memcpy(&value, reinterpret_cast<const void*>(address), bytes);
     if (from.access != Access::BetweenBlocks) return value;
+    if (!b.acquired && !b.threads[t].acquired)
+      fail("read of %s without a fence after the count: %s", from.name.c_str(), place(b, t, inst).c_str());
     uint8_t* const into = reinterpret_cast<uint8_t*>(&value);
-    for (const std::vector<Store>* pending : {&b.pending, &b.threads[t].pending}) {
+    for (const std::vector<Store>* pending : {&b.late, &b.pending, &b.threads[t].pending}) {
       for (const Store& store : *pending) {
         for (size_t k = 0; k < store.bytes; ++k) {
           const uint64_t byte = store.address + k;
@@ -478,6 +487,7 @@ class Machine {
       thread.state = State::Ready;
       ++thread.pc;
       ++thread.barriers;
+      b.acquired = b.acquired || thread.acquired;
       flush_to(thread.pending, b.pending);
       if (n != t) b.ready.push_back(n);
     }
@@ -535,7 +545,7 @@ class Machine {
           for (int n = 0; n < inst.count; ++n) {
             uint64_t bits = 0;
             if (from) {
-              bits = load_global(b, t, *from, address + uint64_t(n * bytes), size_t(bytes));
+              bits = load_global(b, t, inst, *from, address + uint64_t(n * bytes), size_t(bytes));
             } else {
               const uint8_t* const memory = inst.space == Space::Shared ? b.shared.data() : params_->data();
               std::memcpy(&bits, memory + address + n * bytes, size_t(bytes));
@@ -705,6 +715,7 @@ class Machine {
           if (inst.how == 'g') {
             flush(b.pending);
             flush(thread.pending);
+            thread.acquired = thread.counted;
           }
           break;
         case Op::Atom: {
@@ -714,6 +725,9 @@ class Machine {
           check(b, t, inst, address, size_t(bytes), true);
           uint32_t& cell = *reinterpret_cast<uint32_t*>(address);
           const uint32_t old = cell, operand = uint32_t(value(inst.s[1]));
+          thread.counted = true;
+          flush_to(b.pending, b.late);
+          flush_to(thread.pending, b.late);
           switch (inst.how) {
             case 'i': cell = old >= operand ? 0 : old + 1; break;
             case 'a': cell = old + operand; break;

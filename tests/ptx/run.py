@@ -124,6 +124,7 @@ def without_barrier_after(pattern: str) -> Callable[[str], str]:
 
 MUTANTS = {
     "no fence before the count": in_each_kernel(sub(r"\tmembar\.gl;\n", "", count=1)),
+    "no fence after the count": sub(r"(atom\.global(?:(?!bar\.sync)[\s\S])*?)\tmembar\.gl;\n", r"\1"),
     "no barrier after the count": without_barrier_after(r"atom\.global"),
     "no barrier after the block's scale": without_barrier_after(r"st\.shared\.f\d\d \t\[\w*scale_of_block"),
     "no barrier before the warps' sums are added": sub(r"\tbar\.sync \t0;\n(?=(?:(?!bar\.sync)[\s\S])*?atom\.)", ""),
