@@ -59,7 +59,7 @@ sweep: build/sweep  ## Check every float32, bfloat16 and float16 logit against f
 	build/sweep 1
 
 sweep-heads: setup  ## Replace the head of every family of timm, torchvision and Hugging Face models (minutes)
-	$(BIN)/python tools/sweep_heads.py --table docs/heads.md
+	$(BIN)/python tools/sweep_heads.py --table docs/heads_table.md
 
 build/kernel: benchmarks/kernel.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
 	mkdir -p build

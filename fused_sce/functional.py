@@ -307,7 +307,7 @@ def linear_sigmoid_cross_entropy(
         ignore_value: a target that does not count.
         target_format: "dense", "class_index", "packed" or "index_list".
         check_target: soft targets outside of [0, 1] are errors.
-        chunk_bytes: how much memory the logits of a chunk may take.
+        chunk_bytes: how much memory the logits of a chunk may take; 64 MiB by default.
 
     Returns:
         The loss, a scalar, of the dtype that `sigmoid_cross_entropy` gives it. It is differentiable in `input`,
@@ -351,7 +351,7 @@ def linear_topk(
         k: at least 1, at most C.
         bias: (C,)
         logit_scale: a number, or a tensor with one.
-        chunk_bytes: how much memory the logits of a chunk of labels may take.
+        chunk_bytes: how much memory the logits of a chunk of labels may take; 64 MiB by default.
 
     Returns:
         `values`, the k largest logits of each row (..., k), the largest first, and `indices`, their labels. They have
@@ -388,7 +388,7 @@ def sigmoid_contrastive_loss(
             pictures of each rank are compared with the texts of all, which go round a ring of the ranks: memory does
             not grow with their number. All must call this together, with as many texts and, in backward, the same
             upstream factor.
-        chunk_bytes: how much memory the logits of a chunk of texts may take.
+        chunk_bytes: how much memory the logits of a chunk of texts may take; 64 MiB by default.
 
     Returns:
         The loss, a scalar, differentiable in all four, once. With `group` it is that of this rank's pictures, and the
