@@ -44,7 +44,7 @@ NAMES = {
     "torch._C._functorch.is_functorch_wrapped_tensor": "whether a tensor is such a wrapper; no public way",
     "torch._C._functorch.is_batchedtensor": "whether torch.vmap batches a tensor; no public way",
     "torch._C._functorch.is_legacy_batchedtensor": "whether is_grads_batched=True batches a tensor; no public way",
-    "torch._C._has_storage": "whether a tensor has memory; a fake one does not; no public way",
+    "torch._C._has_storage": "whether a tensor has memory; what vmap batches has none of its own; no public way",
     "torch._C._len_torch_dispatch_stack": "whether a TorchDispatchMode is on; no public way",
     "torch.autograd.forward_ad._current_level": "whether forward-mode AD is on; no public way",
     # Tensors and modules
