@@ -8,12 +8,20 @@ OUTPUT ?= output
 OUT ?= $(OUTPUT)/gpu
 # What is installed as torch; another version for its tests: make test TORCH='torch==2.11.0 torchvision'
 TORCH ?= torch torchvision
+# The extras of .venv. Building a wheel takes `dev` alone.
+DEVELOP ?= examples,ecosystem,bench,test,dev,docs
+# The toolkit of `make nvcc`, for setup.py and the tests.
+NVCC := $(abspath $(firstword $(wildcard $(BIN)/../lib/python3*/site-packages/nvidia/cu*/bin/nvcc)))
+ifneq ($(NVCC),)
+export CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
+endif
 CXX_FILES := $(shell find csrc tests/cpp tests/ptx benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo demo-emoji test fuzz sweep sweep-heads kernel sanitize gpu-code bench gpu-check lint format wheel try-wheel clean help
+.PHONY: setup nvcc demo demo-emoji test fuzz sweep sweep-aarch64 sweep-heads kernel sanitize gpu-code bench gpu-check lint format \
+  docs wheel try-wheel check-tag clean help
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: $(INSTALLED)  ## Make .venv with torch and every extra, and build the core in place
 
@@ -25,9 +33,13 @@ $(VENV)/.torch:
 	touch $@
 
 $(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-	$(BIN)/pip install --quiet --no-build-isolation -e '.[examples,ecosystem,bench,test,dev]'
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[$(DEVELOP)]'
 	$(BIN)/python -m fused_sce
 	touch $@
+
+# As wheels. torch depends on the cuda-toolkit of its own CUDA version, which pip keeps.
+nvcc: $(VENV)/.torch  ## Install the nvcc that goes with torch's CUDA into .venv, for machines without a CUDA toolkit
+	$(BIN)/pip install --quiet 'cuda-toolkit[nvcc,cccl]'
 
 demo: setup  ## Train a ResNet-18 on digit canvases with the fused loss (minutes), results in output/demo
 	$(BIN)/python examples/train_multilabel_resnet.py --output $(OUTPUT)/demo
@@ -57,6 +69,18 @@ build/sweep: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
 
 sweep: build/sweep  ## Check every float32, bfloat16 and float16 logit against float64 (minutes)
 	build/sweep 1
+
+# Each of the 65,536 patterns of the 16-bit types and every STEP-th of float32. Needs Debian's or Ubuntu's g++-aarch64-linux-gnu
+# and qemu-user-static.
+AARCH64 ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64-static
+STEP ?= 1009
+build/sweep-aarch64: tests/cpp/sweep.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
+	mkdir -p build
+	$(AARCH64) -static -O3 $(KERNEL_FLAGS) tests/cpp/sweep.cpp $(KERNELS) -o $@ -lpthread
+
+sweep-aarch64: build/sweep-aarch64  ## Check the NEON kernels under emulation: every STEP=1009-th float32 logit, all 16-bit ones (minutes)
+	$(QEMU) $< $(STEP)
 
 sweep-heads: setup  ## Replace the head of every family of timm, torchvision and Hugging Face models (minutes)
 	$(BIN)/python tools/sweep_heads.py --table docs/heads_table.md
@@ -110,6 +134,10 @@ format: setup  ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: setup  ## Build the documentation into output/docs, strictly
+	$(BIN)/mkdocs build --strict
+	$(BIN)/python tools/check_docs.py
+
 # One file for every torch from 2.11 on and every Python from 3.10 on. auditwheel finds the manylinux tag; torch's libraries
 # stay where they are.
 wheel: setup  ## Build wheel and sdist into dist/, and run a few lines on the wheel
@@ -130,8 +158,14 @@ try-wheel:  ## Run all tests on the wheel in dist/, with PYTHON and TORCH of you
 	$(TRY)/bin/pip install --quiet $(TORCH)
 	$(TRY)/bin/pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[$(EXTRAS)]"
 	mkdir $(TRY)/source
-	cp -r setup.py pyproject.toml Makefile README.md csrc tests tools benchmarks examples $(TRY)/source
+	cp -r setup.py pyproject.toml Makefile README.md csrc docs tests tools benchmarks examples $(TRY)/source
 	cd $(TRY)/source && ../bin/python -m fused_sce && ../bin/python tests/smoke.py && ../bin/python -m pytest $(PARALLEL) $(PYTEST)
+
+VERSION := $(shell sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' fused_sce/__init__.py)
+check-tag:  ## Check that TAG=v1.2.3 is the version, and that the changelog has it with a date
+	@test "$(TAG)" = "v$(VERSION)" || { echo "the tag is '$(TAG)', but fused_sce/__init__.py has $(VERSION)" >&2; exit 1; }
+	@grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md \
+	  || { echo "CHANGELOG.md has no line '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 1; }
 
 clean:  ## Remove everything that was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info $(OUTPUT) fused_sce/*.so

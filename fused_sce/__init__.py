@@ -16,7 +16,7 @@ from fused_sce.losses import (
     SigmoidFocalLoss,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place, from which pyproject.toml takes it
 
 __all__ = [
     "AsymmetricLoss",

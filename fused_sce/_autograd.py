@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fused_sce import _library as _library  # registers the ops
 from fused_sce import reference
-from fused_sce._torch_private import below_autograd, direct_call, has_memory, is_batched, is_transforming
+from fused_sce._torch_private import (
+    below_autograd,
+    direct_call,
+    has_memory,
+    is_batched,
+    is_transforming,
+    schema_of,
+    version_of,
+)
 
 _ops = torch.ops.fused_sce
 _loss = _ops.sigmoid_cross_entropy.default
@@ -27,8 +35,8 @@ Tensors = tuple[Any, ...]
 Options = tuple[Any, ...]
 """The other arguments in the order of the schema: reduction, dtype, divisor, ... The last ones may be missing."""
 
-TENSORS = [argument.name for argument in _loss._schema.arguments if not argument.kwarg_only]
-OPTIONS = [argument.name for argument in _loss._schema.arguments if argument.kwarg_only]
+TENSORS = [argument.name for argument in schema_of(_loss).arguments if not argument.kwarg_only]
+OPTIONS = [argument.name for argument in schema_of(_loss).arguments if argument.kwarg_only]
 """Their names."""
 
 
@@ -160,7 +168,7 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
         """The loss, and the overwritten logits: whoever uses these from now on sends a gradient to that output."""
         ctx.options = options
         ctx.gradient, ctx.is_spent = None, False
-        ctx.version = input._version + 1  # which mark_dirty adds
+        ctx.version = version_of(input) + 1  # which mark_dirty adds
         ctx.set_materialize_grads(False)
         if not _makes_gradient(ctx, input, options):
             ctx.save_for_backward(input, target, *factors)
@@ -196,7 +204,7 @@ class SigmoidCrossEntropyInPlace(torch.autograd.Function):
         ctx.is_spent = True
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
-            if gradient._version != ctx.version:
+            if version_of(gradient) != ctx.version:
                 raise RuntimeError(
                     "The logits were changed after a loss with inplace=True had overwritten them with their gradient, "
                     "by an operation in place, perhaps on an alias (detach()). Use inplace=False"

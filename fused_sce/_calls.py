@@ -16,6 +16,7 @@ from fused_sce import _autograd, _library, _sharding, reference
 from fused_sce._checks import PUBLIC_NAMES, TARGET_FORMATS, check_targets, check_tensors, parts_of_sparse
 from fused_sce._register import autocast_dtype
 from fused_sce._torch_private import (
+    base_of,
     is_differentiating,
     is_exporting_to_onnx,
     is_forward_mode,
@@ -218,7 +219,8 @@ def _can_overwrite(tensors: _autograd.Tensors) -> bool:
     logits = tensors[0]
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return False
-    base = logits if logits._base is None else logits._base
+    viewed = base_of(logits)
+    base = logits if viewed is None else viewed
     if base.is_leaf and base.requires_grad:
         raise RuntimeError(
             "inplace=True would overwrite a leaf tensor that requires grad, or a view of one, with its gradient: pass "
@@ -233,4 +235,4 @@ def _can_overwrite(tensors: _autograd.Tensors) -> bool:
     if type(logits) is not Tensor or logits.is_meta or logits.is_neg() or logits.retains_grad:
         return False
     # autograd cannot record that a view is overwritten by a function with two outputs
-    return logits._base is None and logits.is_contiguous()
+    return viewed is None and logits.is_contiguous()

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from fused_sce import _sharding, reference
-from fused_sce._torch_private import allows_implicit_replication, has_memory, is_tracing, unwrapped, without_transforms
+from fused_sce._torch_private import (
+    allows_implicit_replication,
+    assert_async,
+    has_memory,
+    is_tracing,
+    mkldnn,
+    unwrapped,
+    without_transforms,
+)
 
 # What the kernels read (DType in csrc/dtypes.h).
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -183,7 +191,7 @@ def check_targets(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Non
 def first_wrong(wrong: Tensor, words: str) -> tuple[int, ...] | None:
     """Where the first element is True; on a GPU an assertion of the device instead, without waiting for it."""
     if wrong.is_cuda:
-        torch._assert_async(~wrong.any(), words)
+        assert_async(~wrong.any(), words)
         return None
     places = wrong.nonzero()
     return tuple(int(index) for index in places[0]) if len(places) else None
@@ -257,7 +265,7 @@ def parts_of_sparse(target: Tensor, input: Tensor, target_format: str) -> tuple[
         ValueError: It has another shape than `input`, or `target_format` is not "dense".
         RuntimeError: It requires a gradient.
     """
-    if target.layout in (torch._mkldnn, torch.jagged):  # type: ignore[attr-defined]
+    if target.layout in (mkldnn, torch.jagged):
         check_dense("target", target)
     if target.layout is not torch.sparse_csr:
         raise TypeError(

@@ -30,7 +30,7 @@ from fused_sce._checks import (
     positive,
 )
 from fused_sce._register import autocast_dtype
-from fused_sce._torch_private import has_memory, is_batched, is_tracing, is_transforming
+from fused_sce._torch_private import has_memory, is_batched, is_tracing, is_transforming, schema_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -410,7 +410,7 @@ _NOTHING = (False, False, False)
 
 _NAME = "fused_sce::_linear_sigmoid_cross_entropy"
 # The tensors and options of the loss are those of its op.
-_of_loss = str(torch.ops.fused_sce._sigmoid_cross_entropy_backward.default._schema)
+_of_loss = str(schema_of(torch.ops.fused_sce._sigmoid_cross_entropy_backward.default))
 _of_loss = _of_loss.split("Tensor input, ")[1].split(") ->")[0]
 torch.library.define(
     _NAME,

@@ -9,16 +9,20 @@ from torch import Tensor
 
 from fused_sce import _autograd, _checks, _sharding, reference
 from fused_sce._torch_private import (
+    DispatchKeySet,
     after_autocast,
     after_autograd,
     is_any_autocast_enabled,
     is_dense,
     is_differentiating,
     is_forward_mode,
+    redispatch_of,
+    schema_of,
 )
 
 _NAME = "fused_sce::sigmoid_cross_entropy"
 _op = torch.ops.fused_sce.sigmoid_cross_entropy.default
+_redispatch = redispatch_of(_op)
 
 
 # Fakes: shape and dtype of what an op returns, for torch.compile, torch.export and meta tensors. Forward with its
@@ -58,10 +62,10 @@ def _in_layout_of(input: Tensor, dtype: torch.dtype, target_format: str) -> Tens
 _library = torch.library.Library("fused_sce", "IMPL")
 
 
-def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Tensor:
+def _autograd_kernel(keyset: DispatchKeySet, *args: Any, **kwargs: Any) -> Tensor:
     tensors = (*args, *[None] * (len(_autograd.TENSORS) - len(args)))
     input, target, *_ = tensors
-    defaults = _op._schema.arguments[len(tensors) :]
+    defaults = schema_of(_op).arguments[len(tensors) :]
     options = tuple(kwargs.get(argument.name, argument.default_value) for argument in defaults)
     if type(input) is not Tensor or type(target) is not Tensor:
         _sharding.register_for(input, target)
@@ -70,7 +74,7 @@ def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any)
             return reference.sigmoid_cross_entropy(*tensors, *options)
         if _autograd.needs_graph(tensors):
             return _autograd.loss(tensors, options)
-        value: Tensor = _op.redispatch(keyset & after_autograd, *tensors, **kwargs)
+        value: Tensor = _redispatch(keyset & after_autograd, *tensors, **kwargs)
         return value
     except Exception:
         named = dict(zip(_autograd.TENSORS, tensors, strict=True))
@@ -99,10 +103,10 @@ def autocast_dtype(input: Tensor, target: Tensor) -> torch.dtype | None:
 def _register_autocast(key: str) -> None:
     below = after_autocast(key)
 
-    def kernel(keyset: torch._C.DispatchKeySet, input: Tensor, target: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def kernel(keyset: DispatchKeySet, input: Tensor, target: Tensor, *rest: Any, **options: Any) -> Tensor:
         if options.get("dtype") is None:
             options["dtype"] = autocast_dtype(input, target)
-        value: Tensor = _op.redispatch(keyset & below, input, target, *rest, **options)
+        value: Tensor = _redispatch(keyset & below, input, target, *rest, **options)
         return value
 
     _library.impl("sigmoid_cross_entropy", kernel, key, with_keyset=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_sce import _linear
+from fused_sce._torch_private import assert_async
 
 
 def by_ring(
@@ -80,7 +81,7 @@ def _check_ranks(weight: Tensor, wanted: Sequence[bool], group: dist.ProcessGrou
     dist.all_gather(list(of_all.unbind()), own, group)
     are_same = (of_all == own).all()
     if of_all.is_cuda:
-        torch._assert_async(are_same, "the ranks' texts must have one shape and dtype, and all or none a gradient")
+        assert_async(are_same, "the ranks' texts must have one shape and dtype, and all or none a gradient")
     elif not bool(are_same):
         numbers, features, sizes, require = of_all.T.tolist()
         raise ValueError(

@@ -21,8 +21,9 @@ from fused_sce._torch_private import decide_by_options, is_transforming, unwrapp
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.distributed.tensor.placement_types import Placement
+
+    from fused_sce._torch_private import DTensorSpec, OpOverload
 
     # Over one mesh dimension: the placements of the results and of the arguments, None for one that is no tensor.
     Strategy = tuple[Sequence[Placement], Sequence[Placement | None]]
@@ -69,7 +70,7 @@ def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     ops = torch.ops.fused_sce
-    strategies: tuple[tuple[torch._ops.OpOverload, Callable[..., list[Strategy]]], ...] = (
+    strategies: tuple[tuple[OpOverload, Callable[..., list[Strategy]]], ...] = (
         (ops.sigmoid_cross_entropy.default, _loss),
         (ops._sigmoid_cross_entropy_backward.default, _backward),
     )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fused_sce._checks import positive
 from fused_sce._linear import CHUNK_BYTES
+from fused_sce._torch_private import WRAPPED
 from fused_sce.functional import linear_topk
 from fused_sce.losses import LinearSigmoidCrossEntropyLoss
 
@@ -296,7 +297,7 @@ def replace_head(
 
 def _find_heads(model: nn.Module) -> list[str]:
     """Qualified names of the layers that produce the model's output."""
-    for wrapped in ("module", "_orig_mod", "_fsdp_wrapped_module"):  # DataParallel, DDP; torch.compile; FSDP
+    for wrapped in WRAPPED:
         if [name for name, _ in model.named_children()] == [wrapped]:
             raise ValueError(
                 f"{type(model).__name__} wraps a model: replace the head of its .{wrapped}, before wrapping it, as "
@@ -484,7 +485,9 @@ def _activations_behind(model: nn.Module, head: str) -> list[str]:
         if not isinstance(parent := model.get_submodule(name), nn.Sequential):
             continue
         children = {
-            f"{name}.{key}".removeprefix("."): child for key, child in parent._modules.items() if child is not None
+            f"{name}.{key}".removeprefix("."): child
+            for key, child in parent.named_modules(remove_duplicate=False)
+            if key and "." not in key
         }
         behind = list(children)[list(children).index(inside) + 1 :]
         for inner, part in (item for key in behind for item in children[key].named_modules(prefix=key)):

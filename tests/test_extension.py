@@ -82,6 +82,7 @@ def test_cuda_switch() -> None:
     off = run_setup(FUSED_SCE_CUDA="0")
     assert off.returncode == 0, off.stderr
     assert "building for the CPU only (FUSED_SCE_CUDA=0)" in off.stdout
+    assert off.stdout.splitlines()[-1] == fused_sce.__version__  # what the wheel is called
     wrong = run_setup(FUSED_SCE_CUDA="yes")
     assert wrong.returncode != 0
     assert "FUSED_SCE_CUDA must be 0, 1 or unset, got 'yes'" in wrong.stderr
