@@ -1,4 +1,4 @@
-"""Count the instructions per element of the CUDA kernels' main loops, in the machine code; needs no GPU.
+"""What the CUDA kernels' main loops are in the machine code: instructions, loads, stores, registers. Needs no GPU.
 
     python tools/count_instructions.py                     # the extension as it is built
     python tools/count_instructions.py sum.o elements.o --arch sm_90
@@ -10,6 +10,10 @@ targets and bfloat16 gradients (5 bytes, so that 4.3 TB/s bring 8.6e11 elements 
 Lists the kernels that make a gradient. Each element needs one reciprocal of the special-function unit (MUFU.RCP), so
 these count the elements of a loop. The main loop is the one with the most. Instructions of a rarely taken branch inside
 the loop are counted too.
+
+A kernel's loads and stores of global memory are listed by their bits, 2x128 for two of 16 bytes. `last load` and
+`first MUFU` are places in the loop, which starts at 0: arithmetic before the last load makes memory wait. `stack` is
+what a thread spills, in bytes.
 """
 
 from __future__ import annotations
@@ -19,29 +23,49 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+LOAD, STORE = r"\bLDG?\.E(\S*)", r"\bSTG?\.E(\S*)"  # of global memory
+RESOURCES = re.compile(r"^ Function (\S+):\n.*?REG:(\d+) STACK:(\d+)", flags=re.MULTILINE)
+SPECIAL = r"\bMUFU\b"
 ELEMENT = "MUFU.RCP"
-FEWEST = 4  # elements of a main loop: a thread takes at least two groups of two
+FEWEST = 4  # elements of a main loop: a group of float32 logits
 
 
 @dataclass
 class Loop:
-    """The main loop of a kernel."""
+    """The main loop of a kernel: its instructions, and the registers and bytes of stack of the whole kernel."""
 
     kernel: str
     arch: str
-    instructions: int
-    elements: int
+    body: list[str]
+    registers: int = 0
+    stack: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements that one turn of the loop makes."""
+        return sum(ELEMENT in text for text in self.body)
 
     @property
     def per_element(self) -> float:
         """Instructions for each element."""
-        return self.instructions / self.elements
+        return len(self.body) / self.elements
+
+    def places(self, pattern: str) -> list[int]:
+        """Where in the loop instructions of a kind stand."""
+        return [place for place, text in enumerate(self.body) if re.search(pattern, text)]
+
+    def bits(self, pattern: str) -> Counter[int]:
+        """How many instructions of a kind, LOAD or STORE, move how many bits."""
+        modifiers = [match[1] for text in self.body if (match := re.search(pattern, text))]
+        widths = [re.search(r"\.[US]?(8|16|64|128)\b", text) for text in modifiers]
+        return Counter(int(width[1]) if width else 32 for width in widths)
 
 
 def cuobjdump() -> str:
@@ -94,22 +118,24 @@ def main_loop(name: str, arch: str, code: list[tuple[int, str]]) -> Loop | None:
     loops = []
     for address, instruction in code:
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
-        if not jump or int(jump[1], 16) > address:
-            continue
-        body = [text for at, text in code if int(jump[1], 16) <= at <= address]
-        loops.append((sum(ELEMENT in text for text in body), -len(body)))
-    elements, instructions = max(loops, default=(0, 0))
-    return Loop(name, arch, -instructions, elements) if elements >= FEWEST else None
+        if jump and int(jump[1], 16) <= address:
+            loops.append(Loop(name, arch, [text for at, text in code if int(jump[1], 16) <= at <= address]))
+    best = max(loops, key=lambda loop: (loop.elements, -len(loop.body)), default=None)
+    return best if best and best.elements >= FEWEST else None
 
 
 def main_loops(binaries: list[Path], arch: str | None = None) -> list[Loop]:
     """The main loop of each kernel of object files or libraries that has one."""
     loops = []
     for binary in binaries:
-        command = [cuobjdump(), "--dump-sass", *(["--gpu-architecture", arch] if arch else []), str(binary)]
+        command = [cuobjdump(), "--dump-sass", "--dump-resource-usage"]
+        command += [*(["--gpu-architecture", arch] if arch else []), str(binary)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = [main_loop(*kernel) for kernel in kernels(listing)]
-        loops += [loop for loop in found if loop]
+        for code in listing.split("Fatbin elf code:")[1:]:  # one architecture of one source
+            resources = {name: (int(registers), int(stack)) for name, registers, stack in RESOURCES.findall(code)}
+            for loop in filter(None, (main_loop(*kernel) for kernel in kernels(code))):
+                loop.registers, loop.stack = resources[loop.kernel]
+                loops.append(loop)
     for loop, name in zip(loops, demangled([loop.kernel for loop in loops]), strict=True):
         loop.kernel = name
     return loops
@@ -136,9 +162,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not loops:
         print("no kernel with a loop over elements found", file=sys.stderr)
         return 1
-    print(f"{'':8}{'per element':>12}{'loop':>6}  kernel")
+    form = "{:8}{:>12}{:>6}{:>10}{:>6}{:>10}{:>11}  {:31}{:29}{}"
+    head = ("", "per element", "loop", "registers", "stack", "last load", "first MUFU", "loads", "stores", "kernel")
+    print(form.format(*head))
     for loop in sorted(loops, key=lambda loop: (loop.arch, loop.kernel)):
-        print(f"{loop.arch:8}{loop.per_element:12.1f}{loop.instructions:6}  {loop.kernel}")
+        last, first = max(loop.places(LOAD), default="-"), min(loop.places(SPECIAL))
+        moved = [
+            " ".join(f"{count}x{bits}" for bits, count in sorted(loop.bits(kind).items(), reverse=True))
+            for kind in (LOAD, STORE)
+        ]
+        numbers = (f"{loop.per_element:.1f}", len(loop.body), loop.registers, loop.stack, last, first)
+        print(form.format(loop.arch, *numbers, *moved, loop.kernel))
     return 0
 
 

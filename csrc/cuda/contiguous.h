@@ -1,6 +1,6 @@
 // What one thread does for contiguous logits and targets, computed in float: all in registers, with wide loads and
-// several of them in flight. Plain host-device functions of the thread's index, which tests/cpp/cuda_threads.cpp runs
-// for every thread of a grid on a CPU. No CUDA header.
+// stores. Plain host-device functions of the thread's index, which tests/cpp/cuda_threads.cpp runs for every thread of
+// a grid on a CPU. No CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +22,17 @@ struct ContiguousLoop {
   using Formula = LossFormula<Logits, kOutput>;
   static constexpr int kGroup = 16 / sizeof(Logits);
   static constexpr bool kAnyTarget = std::is_same<Target, AnyTarget>::value;
-  // Groups of a thread that are loaded before the first of them is used. Weights take the registers of a second one.
-  static constexpr int kInFlight = kMayBeWeighted || kAnyTarget ? 1 : 2;
 
   // Sums that are not finite are computed again (formula.h: kRecomputesNonFinite). With AnyTarget each group is checked
   // before its gradient is stored, which may overwrite the logits. Otherwise all groups of the thread are checked at
   // once, which saves 6 % of the instructions (bfloat16 logits, uint8 targets, sm_90) but reads logits again after the
   // gradient has been stored.
   static constexpr bool kChecksEachGroup = kAnyTarget && Formula::kRecomputesNonFinite;
-  static constexpr int kMinBlocks = kAnyTarget && sizeof(Logits) == 2 ? 3 : 4;  // launch.h
+
+  // launch.h. A thread has one group in flight, so 4 blocks have 32 KiB of float32 logits and targets, 24 KiB of 16-bit
+  // logits and bytes. With two groups nvcc 13.0 loaded the second one late, in float32 on sm_90 at 158 to 265 of 594
+  // instructions, where a thread waited again, and split its store in four.
+  static constexpr int kMinBlocks = kAnyTarget && sizeof(Logits) == 2 ? 3 : 4;
 
   // Makes the output for a thread's range of elements; returns the sum of their losses if that is part of the output.
   FUSED_SCE_INLINE double run(const Problem& problem, TwoPart<T> scale, ThreadRange range) {
@@ -41,21 +43,12 @@ struct ContiguousLoop {
     Thread thread = thread_at(problem, scale, i);
 
     double sum = 0.0;
+    const int64_t end_of_whole = range.end - (kGroup - 1);  // a group that begins before it is whole
     if (is_aligned) {
-      for (; i + (kInFlight - 1) * stride + kGroup <= range.end; i += kInFlight * stride) {
-        LoadedGroup groups[kInFlight];
-        FUSED_SCE_UNROLL
-        for (int n = 0; n < kInFlight; ++n) groups[n] = load(problem, i + n * stride, kGroup, true, thread.labels);
-        FUSED_SCE_UNROLL
-        for (int n = 0; n < kInFlight; ++n) {
-          sum += compute_and_store(thread, groups[n], i + n * stride, kGroup, true);
-        }
-      }
+      for (; i < end_of_whole; i += stride) sum += run_group(thread, i, kGroup, true);
     }
     for (; i < range.end; i += stride) {
-      const int count = range.end - i < kGroup ? int(range.end - i) : kGroup;
-      const bool wide = is_aligned && count == kGroup;
-      sum += compute_and_store(thread, load(problem, i, count, wide, thread.labels), i, count, wide);
+      sum += run_group(thread, i, range.end - i < kGroup ? int(range.end - i) : kGroup, is_aligned);
     }
     if constexpr (makes_sum(kOutput) && Formula::kRecomputesNonFinite && !kChecksEachGroup) {
       if (!is_finite(sum)) {
@@ -98,12 +91,6 @@ struct ContiguousLoop {
             is_aligned_for_group(static_cast<const Logits*>(problem.gradient.data) + begin, kGroup));
   }
 
-  FUSED_SCE_INLINE LoadedGroup load(const Problem& problem, int64_t i, int count, bool wide, LabelCheck& labels) {
-    return {
-        load_pack<Logits, kGroup>(problem.logits.data, i, count, wide),
-        load_target<T, Target, kGroup>(problem, i, count, wide, labels)};
-  }
-
   // A thread whose first element is `i`.
   FUSED_SCE_INLINE Thread thread_at(const Problem& problem, TwoPart<T> scale, int64_t i) {
     Thread thread = {problem, scale, {}, {}, {}};
@@ -120,9 +107,13 @@ struct ContiguousLoop {
     return thread;
   }
 
-  // The output of the group at `i`; returns the sum of its losses.
-  FUSED_SCE_INLINE double compute_and_store(Thread& thread, const LoadedGroup& group, int64_t i, int count, bool wide) {
+  // Makes the output of the group at `i`, of which `count` elements are in the range; returns the sum of their losses.
+  FUSED_SCE_INLINE double run_group(Thread& thread, int64_t i, int count, bool is_aligned) {
     const Problem& problem = thread.problem;
+    const bool wide = is_aligned && count == kGroup;
+    const LoadedGroup group = {
+        load_pack<Logits, kGroup>(problem.logits.data, i, count, wide),
+        load_target<T, Target, kGroup>(problem, i, count, wide, thread.labels)};
     double sum = 0.0;
     GroupResult result;
     if constexpr (kOutput == Output::Elements) {
