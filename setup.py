@@ -227,6 +227,17 @@ def cuda_library(home: Path) -> Extension:
     return extension
 
 
+def readme() -> str:
+    """README.md as a package index shows it, where relative links and pictures need the address of the repository."""
+    found = re.search(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+
+    def absolute(link: re.Match[str]) -> str:
+        return f"]({found[1]}/{'raw' if link[1].endswith('.png') else 'blob'}/main/{link[1]})"
+
+    return re.sub(r"\]\((?!\w+:|#)([^)]+)\)", absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 class Wheel(bdist_wheel):
     """A wheel for every Python: nothing in it is compiled against one."""
 
@@ -241,6 +252,8 @@ if wants_cuda():
     LIBRARIES.append(cuda_library(HOME))
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=LIBRARIES,
     cmdclass={
         "build_ext": BuildExtension.with_options(use_ninja=True, no_python_abi_suffix=True),

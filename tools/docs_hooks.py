@@ -7,6 +7,7 @@ of the repository, such as `../examples/predict.py`, works where the sources are
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the path of a Markdown link or picture
 
 
@@ -41,7 +43,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return str(path.relative_to(docs))
         if path.parent == ROOT / RESULTS:
             return f"results/{path.name}"
-        return f"{config.extra['sources']}{path.relative_to(ROOT)}"
+        return f"{REPOSITORY}/blob/main/{path.relative_to(ROOT)}"
 
     return LINK.sub(here, markdown)
 
