@@ -17,8 +17,8 @@ export CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
 endif
 CXX_FILES := $(shell find csrc tests/cpp tests/ptx benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup nvcc demo demo-emoji test fuzz sweep sweep-aarch64 sweep-heads kernel sanitize gpu-code bench gpu-check lint format \
-  docs wheel try-wheel check-tag clean help
+.PHONY: setup nvcc demo demo-emoji test fuzz sweep sweep-aarch64 sweep-heads kernel sleef sanitize gpu-code bench gpu-check lint \
+  format docs wheel try-wheel check-tag clean help
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -91,6 +91,13 @@ build/kernel: benchmarks/kernel.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu
 
 kernel: build/kernel  ## Time the CPU kernels alone, without torch, for every instruction set
 	build/kernel
+
+build/sleef: benchmarks/sleef.cpp $(wildcard csrc/*.h csrc/formulas/* csrc/cpu/*)
+	mkdir -p build
+	$(CXX) -O3 $(KERNEL_FLAGS) -Wno-psabi benchmarks/sleef.cpp $(KERNELS) -o $@ -lsleef
+
+sleef: build/sleef  ## Time the CPU kernels against the same loop on SLEEF (x86-64, needs libsleef-dev)
+	build/sleef
 
 # cuda_threads runs the CPU kernels on every type, stride and odd length, from arrays that end where their memory ends. It
 # compares with what a GPU does, so with fused multiply-add throughout.

@@ -7,10 +7,12 @@ whole function:
 
 * exp(r) = 1 + r + r^2 q(r)         on |r| <= ln(2)/2, error relative to exp(r);
 * log1p(e) = e - e^2 / 2 + e^3 q(e) on [0, 1],         error relative to log1p(e);
+* log1p(e) = e - d (1/2 + s q(d))   on [0, 1],         error relative to log1p(e), with d = e - w, s = e + w and
+  w = e / (1 + e);
 * log1p(e) = e + e^2 q(e)           on [0, 1],         error relative to log1p(e), for 16-bit logits on a GPU.
 
-The first two exist for float and for double. Their degree is the smallest whose error stays below an eighth of the
-type's rounding error, so the polynomial hardly affects the last bit. The degree of the third is the smallest whose
+The first three exist for float and for double. Their degree is the smallest whose error stays below an eighth of the
+type's rounding error, so the polynomial hardly affects the last bit. The degree of the last is the smallest whose
 error stays below the rounding error itself.
 """
 
@@ -114,6 +116,23 @@ def log1p_tail(e: mpf) -> mpf:
     return (mp.log1p(e) - e) / e**2
 
 
+def log1p_of_gap(gap: mpf) -> mpf:
+    """Compute q of log1p(e) = e - d (1/2 + s q(d)), by its series where the subtractions would cancel.
+
+    With L = log1p(e), d = 2 cosh(L) - 2 and s = 2 sinh(L).
+    """
+    if gap < mpf("1e-8"):
+        return mpf(1) / 12 - gap / 60
+    log1p = mp.acosh(1 + gap / 2)
+    return (mp.sinh(log1p) - log1p) / (2 * gap * mp.sinh(log1p))
+
+
+def weight_of_gap(gap: mpf) -> mpf:
+    """What an error of log1p_of_gap is multiplied by, relative to log1p(e)."""
+    log1p = mp.acosh(1 + gap / 2)
+    return gap * 2 * mp.sinh(log1p) / log1p
+
+
 def log1p_ratio(e: mpf) -> mpf:
     """log1p(e) / e, by its series where e might be 0."""
     if abs(e) < mpf("1e-8"):
@@ -131,11 +150,11 @@ def show(name: str, kind: str, coefficients: list[mpf], error: mpf) -> None:
 
 
 def main() -> None:
-    """Fit and print all five."""
+    """Fit and print all seven."""
     half_ln2 = mp.log(2) / 2 * mpf("1.0001")  # rounding may put r a little past the edge
-    for kind, bits, exp_degree, log_degree, in_turn in (
-        ("float", 24, 4, 9, 10),
-        ("double", 53, 9, 20, 6),
+    for kind, bits, exp_degree, log_degree, gap_degree, in_turn in (
+        ("float", 24, 4, 9, 4, 10),
+        ("double", 53, 9, 20, 10, 6),
     ):
         coefficients, error = remez(
             exp_tail,
@@ -156,6 +175,14 @@ def main() -> None:
             in_turn,
         )
         show("log1p", kind, coefficients[1:], error)  # exp_log1p.h treats the constant, -1/2, by itself
+        smallest, half = mpf("1e-9"), mpf(1) / 2
+        first = remez(log1p_of_gap, weight_of_gap, smallest, half, list(range(gap_degree + 1)))[0][0]
+        with mp.workprec(bits):
+            first = +first
+        coefficients, error = remez_rounded(
+            log1p_of_gap, weight_of_gap, smallest, half, gap_degree, first, bits, min(in_turn, gap_degree + 1)
+        )
+        show("log1p by the gap", kind, coefficients, error)
     coefficients, error = remez_rounded(
         log1p_ratio, lambda e: 1 / log1p_ratio(e), mpf("1e-9"), mpf(1), 8, mpf(1), 24, in_turn=9
     )

@@ -23,21 +23,18 @@ template <class T>
 struct Labels {
   alignas(64) T base[kBlock];
   alignas(64) T linear[kBlock];
-  alignas(64) T upper[kBlock];
-  alignas(64) T lower[kBlock];
+  alignas(64) T argument[kBlock];
   alignas(64) T slope[kBlock];
   alignas(64) T rate[kBlock];
+  alignas(64) T power[kBlock];
 };
 
-// power[i] = base[i]^gamma times alpha.
+// labels.power = labels.base^gamma times alpha.
 template <class T>
-void find_powers(
-    int64_t count,
-    const Modulation<T>& modulation,
-    const T* __restrict__ target,
-    const T* __restrict__ base,
-    T* __restrict__ power) {
+void find_powers(int64_t count, const Modulation<T>& modulation, const T* __restrict__ target, Labels<T>& labels) {
   const Modulation<T> by = modulation;
+  const T* __restrict__ base = labels.base;
+  T* __restrict__ power = labels.power;
   alignas(64) T rest[kBlock];
   for (int64_t i = 0; i < count; ++i) {
     const TwoPart<T> logarithm = logarithm_of_label(by, base[i], target[i]);
@@ -74,7 +71,6 @@ void compute_labels(
     });
     return;
   }
-  alignas(64) T power[kBlock];
   Labels<T> labels;
   with_prefetch(work, [&](int64_t begin, int64_t count) {
     for (int64_t i = begin; i < begin + count; ++i) {
@@ -83,19 +79,14 @@ void compute_labels(
       labels.linear[i] = label.linear;
       labels.slope[i] = label.slope;
       labels.rate[i] = label.rate;
-      labels.upper[i] = label.argument.upper;
-      if (!kClip) labels.lower[i] = label.argument.lower;
+      if (kClip) labels.argument[i] = label.argument;
     }
   });
-  if (kBits == 0) find_powers(work.count, by, target, labels.base, power);
+  if (kBits == 0) find_powers(work.count, by, target, labels);
   for (int64_t i = 0; i < work.count; ++i) {
     const Label<T> label = {
-        labels.base[i],
-        labels.linear[i],
-        {labels.upper[i], kClip ? T(0) : labels.lower[i]},
-        labels.slope[i],
-        labels.rate[i]};
-    const T factor = kBits > 0 ? small_power_of_label<T, kLower, kBits>(by, label.base, target[i]) : power[i];
+        labels.base[i], labels.linear[i], kClip ? labels.argument[i] : T(0), labels.slope[i], labels.rate[i]};
+    const T factor = kBits > 0 ? small_power_of_label<T, kLower, kBits>(by, label.base, target[i]) : labels.power[i];
     const LossAndGradient<T> result = loss_of_label<T, kClip, kLower>(label, target[i], factor);
     loss[i] = result.loss;
     gradient[i] = scaled(result.gradient, scale);

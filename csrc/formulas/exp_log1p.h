@@ -54,6 +54,14 @@ struct Constants<float> {
     q = mul_add(q, e2, q2);
     return mul_add(q, e2, q0);
   }
+
+  // P(gap) of add_log1p() in loss.h, largest error relative to log1p(e) 2^-30.8
+  FUSED_SCE_INLINE float log1p_of_gap(float gap) {
+    float p = mul_add(0.0001307221391f, gap, -0.0007686082972f);
+    p = mul_add(p, gap, 0.003565525636f);
+    p = mul_add(p, gap, -0.01666605845f);
+    return mul_add(p, gap, 0.08333331347f);
+  }
 };
 
 template <>
@@ -107,27 +115,40 @@ struct Constants<double> {
     q = mul_add(q, e2, q2);
     return mul_add(q, e2, q0);
   }
+
+  // P(gap) of add_log1p() in loss.h, largest error relative to log1p(e) 2^-61.6
+  FUSED_SCE_INLINE double log1p_of_gap(double gap) {
+    double p = mul_add(1.55553246665149565e-8, gap, -1.11505452752281741e-7);
+    p = mul_add(p, gap, 5.29100696335842664e-7);
+    p = mul_add(p, gap, -2.27974192262206162e-6);
+    p = mul_add(p, gap, 9.71080675919518679e-6);
+    p = mul_add(p, gap, -0.0000416246900581117464);
+    p = mul_add(p, gap, 0.000180375132346793416);
+    p = mul_add(p, gap, -0.000793650789490433117);
+    p = mul_add(p, gap, 0.00357142857121795464);
+    p = mul_add(p, gap, -0.0166666666666613443);
+    return mul_add(p, gap, 0.0833333333333332871);
+  }
 };
 
-// exp(-|x|) = exp(remainder) 2^n with |remainder| <= ln(2) / 2 and scale = 2^n / kUnscale. Both are 0 where the result
-// is 0.
+// exp(-|x|) = exp(remainder) 2^n with |remainder| <= ln(2) / 2 and scale = 2^n / kUnscale.
 template <class T>
 struct ReducedArgument {
   T remainder;
   T scale;
 };
 
+// A CPU loop passes `largest` as a variable: GCC 12 computes the smaller of two variables in one instruction, that of a
+// variable and a constant in two or three.
 template <class T>
-FUSED_SCE_INLINE ReducedArgument<T> reduce_argument(T x) {
+FUSED_SCE_INLINE ReducedArgument<T> reduce_argument(T x, T largest = Constants<T>::kLargest) {
   using C = Constants<T>;
-  using Bits = typename C::Bits;
-  const T a = -std::fabs(x);
-  const T shifted = mul_add(a, C::kLog2E, C::kRoundMagic);
-  const T n = shifted - C::kRoundMagic;  // a / ln 2, rounded to an integer
-  const T remainder = mul_add(n, -C::kLn2Lower, mul_add(n, -C::kLn2Upper, a));
-  const T scale = bit_cast<T>(bit_cast<Bits>(shifted) << C::kMantissaBits);
-  const bool is_zero = a < -C::kLargest;  // both are meaningless here; false for NaN, which stays NaN
-  return {is_zero ? T(0) : remainder, is_zero ? T(0) : scale};
+  const T size = std::fabs(x);
+  const T a = largest < size ? largest : size;  // NaN stays NaN
+  const T shifted = mul_add(a, -C::kLog2E, C::kRoundMagic);
+  const T n = shifted - C::kRoundMagic;  // -a / ln 2, rounded to an integer
+  const T remainder = mul_add(n, -C::kLn2Lower, mul_add(n, -C::kLn2Upper, -a));
+  return {remainder, bit_cast<T>(bit_cast<typename C::Bits>(shifted) << C::kMantissaBits)};
 }
 
 // exp(-|x|). The upper part alone is within 1.05 ULP, the sum of both within 0.58 ULP (0.9 ULP where the lower part is

@@ -184,9 +184,9 @@ FUSED_SCE_INLINE T factor_of_label(T t, T alpha, T pos_weight) {
 // Both are m^(g or g - 1) (slope + rate c).
 template <class T>
 struct Label {
-  T base;               // m
-  T linear;             // c = linear + log1p(argument), minus if the argument has a sign
-  TwoPart<T> argument;  // the upper part alone with clip
+  T base;    // m
+  T linear;  // c without clip, with clip c = linear + log1p(argument), minus if the argument has a sign
+  T argument;
   T slope;
   T rate;
 };
@@ -199,16 +199,17 @@ FUSED_SCE_INLINE Label<T> label_of(const Modulation<T>& by, T x, T t, TwoPart<T>
   const T gamma = choose(is_positive, by.gamma_pos, by.gamma_neg);
   const T linear = choose(is_negative, T(0), y);
   if (!kClip) {
-    const T smaller = smaller_sigmoid(e);
+    const Quotient<T> parts = quotient_of(e);
+    const T smaller = smaller_sigmoid(e, parts);
     const T larger = T(1) - smaller;
     const T m = choose(is_negative, smaller, larger);
-    return {m, linear, e, m, gamma * choose(is_negative, larger, smaller)};
+    return {m, sum_of(linear, e, parts), T(0), m, gamma * choose(is_negative, larger, smaller)};
   }
   // sigmoid(-|x|) = e / (1 + e) and 1 - q = w / (1 + e) from one division, the slowest of operations.
   const T sum = T(1) + e.upper;
   const T w = mul_add(by.clip, sum, choose(is_negative, T(1), e.upper));
   const T reciprocal = T(1) / (sum * w);
-  const T smaller = corrected_sigmoid(e, e.upper * (reciprocal * w));
+  const T smaller = smaller_sigmoid(e, quotient_of(e, e.upper * (reciprocal * w)));
   const T larger = T(1) - smaller;
   const T m = choose(is_negative, smaller, larger);
   const T rest = choose(is_negative, larger, smaller);
@@ -226,11 +227,8 @@ FUSED_SCE_INLINE Label<T> label_of(const Modulation<T>& by, T x, T t, TwoPart<T>
   const T slope = derivative * (kLower ? ratio : inverse);
   const T rate = kLower ? derivative : q == T(0) ? T(0) : derivative / q;
   return {
-      choose(is_positive, m, q),
-      choose(is_positive, linear, linear_by_parts),
-      {choose(is_positive, e.upper, argument), T(0)},
-      choose(is_positive, m, slope),
-      gamma * choose(is_positive, rest, rate)};
+      choose(is_positive, m, q), choose(is_positive, linear, linear_by_parts), choose(is_positive, e.upper, argument),
+      choose(is_positive, m, slope), gamma * choose(is_positive, rest, rate)};
 }
 
 // The power and alpha.
@@ -261,13 +259,11 @@ FUSED_SCE_INLINE T power_of_label(const Modulation<T>& by, T base, T t, TwoPart<
 // Loss and gradient but for alpha and p. kLower: see Modulation::has_lower_power.
 template <class T, bool kClip, bool kLower>
 FUSED_SCE_INLINE LossAndGradient<T> loss_of_label(const Label<T>& label, T t, T power) {
-  T c;
+  T c = label.linear;
   if (kClip) {
-    const Mask<T> is_minus = is_negative_mask(label.argument.upper);
-    const TwoPart<T> log1p = log1p_of(TwoPart<T>{std::fabs(label.argument.upper), T(0)});
-    c = label.linear + flipped(is_minus, log1p.upper + log1p.lower);
-  } else {
-    c = sum_of(label.linear, log1p_of(label.argument));
+    const Mask<T> is_minus = is_negative_mask(label.argument);
+    const TwoPart<T> log1p = log1p_of(TwoPart<T>{std::fabs(label.argument), T(0)});
+    c += flipped(is_minus, log1p.upper + log1p.lower);
   }
   const Mask<T> is_positive = is_positive_mask(t);
   const T factor = kLower ? power * choose(is_positive, T(1), label.base) : power;
@@ -286,14 +282,14 @@ struct SoftTarget {
 
 template <class T, bool kClip>
 FUSED_SCE_INLINE SoftTarget<T> soft_target_of(const Modulation<T>& by, T x, T t, T pos_weight, TwoPart<T> e) {
-  const T smaller = smaller_sigmoid(e);
+  const Quotient<T> parts = quotient_of(e);
+  const T smaller = smaller_sigmoid(e, parts);
   const T larger = T(1) - smaller;
   const T probability = is_negative(x) ? smaller : larger;
   const T rest = is_negative(x) ? larger : smaller;
   const T derivative = larger * smaller;
-  const TwoPart<T> log1p_e = log1p_of(e);
-  const T of_positive = sum_of(is_negative(x) ? -x : T(0), log1p_e);
-  T of_negative = sum_of(is_negative(x) ? T(0) : x, log1p_e);
+  const T of_positive = sum_of(is_negative(x) ? -x : T(0), e, parts);
+  T of_negative = sum_of(is_negative(x) ? T(0) : x, e, parts);
   T q = probability;
   T slope_of_negative = probability;
   bool is_clipped = false;
