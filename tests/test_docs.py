@@ -1,6 +1,6 @@
 """The Python code of README.md and of the pages in docs/ runs.
 
-The blocks of a page run in order, with one namespace. `<!-- not run: why -->` above a block leaves it out.
+The blocks of a page run in order, with one namespace.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- not run: .+ -->\n+)?^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 PAGES = [
     page
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +38,5 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in BLOCK.finditer(text):
-        if block[1] is None:
-            code = "\n" * text.count("\n", 0, block.start(2)) + block[2]  # so that errors name the line of the page
-            exec(compile(code, page, "exec"), namespace)
+        code = "\n" * text.count("\n", 0, block.start(1)) + block[1]  # so that errors name the line of the page
+        exec(compile(code, page, "exec"), namespace)

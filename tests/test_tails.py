@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tails
 import torch
+
+pytest.importorskip("timm")
+
+import tails
 
 
 @pytest.fixture(autouse=True)
