@@ -117,12 +117,7 @@ def log1p_tail(e: mpf) -> mpf:
 
 
 def log1p_of_gap(gap: mpf) -> mpf:
-    """Compute q of log1p(e) = e - d (1/2 + s q(d)), by its series where the subtractions would cancel.
-
-    With L = log1p(e), d = 2 cosh(L) - 2 and s = 2 sinh(L).
-    """
-    if gap < mpf("1e-8"):
-        return mpf(1) / 12 - gap / 60
+    """Compute q of log1p(e) = e - d (1/2 + s q(d)) for d > 0: with L = log1p(e), d = 2 cosh(L) - 2, s = 2 sinh(L)."""
     log1p = mp.acosh(1 + gap / 2)
     return (mp.sinh(log1p) - log1p) / (2 * gap * mp.sinh(log1p))
 
