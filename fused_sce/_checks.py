@@ -175,11 +175,13 @@ def check_targets(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Non
     value = target[place].item()
     if target_format == "csr":
         place = int(row[place]), int(columns[place])
-    cures: dict[float, str] = {
-        255: "target > 0 makes labels of a mask of 0 and 255",
-        -1: "target > 0 takes -1 for a negative, ignore_value=-1 leaves it out",
-    }
-    cure = cures.get(value, 'for class indices use torch.nn.functional.one_hot, or target_format="class_index"')
+    cure = (
+        'for class indices use torch.nn.functional.one_hot, or target_format="class_index" of SigmoidCrossEntropyLoss'
+    )
+    if value == 255:
+        cure = "target > 0 makes labels of a mask of 0 and 255"
+    elif value < 0:
+        cure = f"ignore_value={value} of SigmoidCrossEntropyLoss leaves it out, target > 0 makes a negative of it"
     must = (
         "must be in [0, 1] with check_target=True"
         if is_soft
@@ -314,10 +316,19 @@ def shape_hint(input: Tensor, target: Tensor) -> str:
     return ""
 
 
+def expect_tensor(name: str, value: object) -> Tensor:
+    """The value, which must be a tensor; the error says what makes one of it."""
+    if isinstance(value, Tensor):
+        return value
+    kind = type(value).__name__
+    makers = {"float": "tensor", "int": "tensor", "list": "tensor", "ndarray": "from_numpy"}
+    cure = f": pass torch.{makers[kind]}({name})" if kind in makers else ""
+    raise TypeError(f"{name} must be a tensor, got {kind}{cure}")
+
+
 def check_factor(name: str, factor: Tensor, input: Tensor, dtypes: tuple[torch.dtype, ...], hint: str) -> None:
     """Check that `weight`, `pos_weight`, `mask` or `alpha` broadcasts to `input`'s shape."""
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
+    expect_tensor(name, factor)
     check_dtype(name, factor, dtypes, hint)
     missing = input.dim() - factor.dim()
     fits = missing >= 0 and all(

@@ -27,6 +27,7 @@ from fused_sce._checks import (
     check_indices,
     check_targets,
     check_tensors,
+    expect_tensor,
     positive,
 )
 from fused_sce._register import autocast_dtype
@@ -212,8 +213,7 @@ def with_scale(layer: Layer, logit_scale: float | Tensor | None) -> Layer:
 
 def check_part(name: str, tensor: object, input: Tensor, name_of_input: str = "input") -> None:
     """Check a part of a layer but for its shape; errors as in `with_scale`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    tensor = expect_tensor(name, tensor)
     check_dense(name, tensor)
     check_dtype(name, tensor, LOGITS)
     check_device(name, tensor, input)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_sce import functional
-from fused_sce._checks import check_reduction, positive
+from fused_sce._checks import check_reduction, expect_tensor, positive
 from fused_sce._linear import CHUNK_BYTES
 from fused_sce._torch_private import factor_of, refuse_torchscript
 
@@ -113,8 +113,8 @@ class _SigmoidLoss(_KeepsParameters):
         check_reduction(reduction, self._reductions)
         functional.check_target_options(of_target)
         for name, factor in zip(self._factors, (weight, pos_weight), strict=True):
-            if not isinstance(factor, Tensor | None):
-                raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
+            if factor is not None:
+                expect_tensor(name, factor)
             self.register_buffer(name, factor)
         self.reduction = reduction
         for name, value in of_target._asdict().items():

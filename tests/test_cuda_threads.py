@@ -66,12 +66,12 @@ def hot_loops(library: Path) -> dict[tuple[str, ...], Loop]:
 HOT_LOOPS = [
     ("BFloat16", "ByteTarget", "false", 8, 30),
     ("BFloat16", "BFloat16", "false", 8, 27),
-    ("BFloat16", "float", "false", 8, 27),
-    ("float", "float", "false", 4, 76),
-    ("float", "ByteTarget", "false", 4, 81),
+    ("BFloat16", "float", "false", 8, 26),
+    ("float", "float", "false", 4, 61),
+    ("float", "ByteTarget", "false", 4, 66),
     ("BFloat16", "ByteTarget", "true", 15, 37),
     ("BFloat16", "BFloat16", "true", 15, 36),
-    ("float", "float", "true", 7, 80),
+    ("float", "float", "true", 7, 68),
 ]
 
 
@@ -79,7 +79,7 @@ def test_instructions_per_element(hot_loops: dict[tuple[str, ...], Loop]) -> Non
     for logits, target, is_weighted, elements, most in HOT_LOOPS:
         loop = hot_loops[logits, target, is_weighted]
         assert loop.elements == elements, loop
-        assert loop.per_element < most, loop
+        assert loop.per_element <= most, loop
 
 
 def test_a_group_is_loaded_first_and_stored_at_once(hot_loops: dict[tuple[str, ...], Loop]) -> None:

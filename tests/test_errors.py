@@ -97,6 +97,20 @@ def test_no_tensor(function: Callable[..., Tensor], name: str) -> None:
         function(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("value", "cure"),
+    [
+        (255, "target > 0 makes labels of a mask"),
+        (-1, "ignore_value=-1 of SigmoidCrossEntropyLoss"),
+        (-100, "ignore_value=-100 of SigmoidCrossEntropyLoss"),
+        (2, 'target_format="class_index" of SigmoidCrossEntropyLoss'),
+    ],
+)
+def test_a_wrong_label_names_the_option_of_the_loss_that_has_it(value: int, cure: str) -> None:
+    with pytest.raises(ValueError, match=rf"target\[1\] is {value}, .*{cure}"):
+        fused_sce.BCEWithLogitsLoss()(torch.zeros(3), torch.tensor([0, value, 1]))
+
+
 @pytest.mark.parametrize("name", ["input", "target", "weight"])
 @pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "_mkldnn"])
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")

@@ -253,5 +253,5 @@ def test_learnable_weights_stay_parameters(loss: Any) -> None:
 
 
 def test_a_weight_that_is_no_tensor_is_named() -> None:
-    with pytest.raises(TypeError, match="pos_weight must be a tensor, got float"):
+    with pytest.raises(TypeError, match=r"pos_weight must be a tensor, got float: pass torch.tensor\(pos_weight\)"):
         fused_sce.SigmoidCrossEntropyLoss(pos_weight=2.0)  # type: ignore[arg-type]

@@ -147,9 +147,9 @@ def show(name: str, kind: str, coefficients: list[mpf], error: mpf) -> None:
 def main() -> None:
     """Fit and print all seven."""
     half_ln2 = mp.log(2) / 2 * mpf("1.0001")  # rounding may put r a little past the edge
-    for kind, bits, exp_degree, log_degree, gap_degree, in_turn in (
-        ("float", 24, 4, 9, 4, 10),
-        ("double", 53, 9, 20, 10, 6),
+    for kind, bits, exp_degree, log_degree, gap_degree, in_turn, gap_in_turn in (
+        ("float", 24, 4, 9, 4, 10, 5),
+        ("double", 53, 9, 20, 10, 6, 3),
     ):
         coefficients, error = remez(
             exp_tail,
@@ -175,7 +175,7 @@ def main() -> None:
         with mp.workprec(bits):
             first = +first
         coefficients, error = remez_rounded(
-            log1p_of_gap, weight_of_gap, smallest, half, gap_degree, first, bits, min(in_turn, gap_degree + 1)
+            log1p_of_gap, weight_of_gap, smallest, half, gap_degree, first, bits, gap_in_turn
         )
         show("log1p by the gap", kind, coefficients, error)
     coefficients, error = remez_rounded(

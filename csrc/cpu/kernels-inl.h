@@ -154,7 +154,7 @@ bool has_nan(int64_t count, const T* values) {
   return found != 0;
 }
 
-// The formula over arrays. benchmarks/README.md has what else was tried.
+// The formula over arrays. docs/performance.md has what else was tried.
 //
 // Three loops are faster than one. The whole formula is a dependency chain of more than 100 cycles and 70 instructions.
 // A processor's reorder window holds little more than one such iteration, so the latency of the chain decides. The

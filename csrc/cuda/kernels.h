@@ -1,6 +1,6 @@
 // CUDA entry points. Each launches one kernel on `stream` of the current device, never waits for it, and returns the
 // launch's status. Pointers are to memory of that device, problem.count too. A gradient has the logits' type and may
-// lie in their memory; with 16-bit logits that costs 15 to 20 % more instructions (choose.h).
+// lie in their memory; with 16-bit logits that costs 20 to 32 % more instructions (choose.h).
 #pragma once
 
 #include <cuda_runtime_api.h>

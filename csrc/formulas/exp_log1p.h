@@ -116,16 +116,16 @@ struct Constants<double> {
     return mul_add(q, e2, q0);
   }
 
-  // P(gap) of add_log1p() in loss.h, largest error relative to log1p(e) 2^-61.6
+  // P(gap) of add_log1p() in loss.h, largest error relative to log1p(e) 2^-61.7
   FUSED_SCE_INLINE double log1p_of_gap(double gap) {
-    double p = mul_add(1.55553246665149565e-8, gap, -1.11505452752281741e-7);
-    p = mul_add(p, gap, 5.29100696335842664e-7);
-    p = mul_add(p, gap, -2.27974192262206162e-6);
-    p = mul_add(p, gap, 9.71080675919518679e-6);
-    p = mul_add(p, gap, -0.0000416246900581117464);
-    p = mul_add(p, gap, 0.000180375132346793416);
-    p = mul_add(p, gap, -0.000793650789490433117);
-    p = mul_add(p, gap, 0.00357142857121795464);
+    double p = mul_add(1.54188826560931783e-8, gap, -1.11166384495660792e-7);
+    p = mul_add(p, gap, 5.2874495019344265e-7);
+    p = mul_add(p, gap, -2.27953738232140689e-6);
+    p = mul_add(p, gap, 9.71073683742999601e-6);
+    p = mul_add(p, gap, -0.0000416246756591870127);
+    p = mul_add(p, gap, 0.00018037513062683962);
+    p = mul_add(p, gap, -0.000793650789383478091);
+    p = mul_add(p, gap, 0.00357142857121536513);
     p = mul_add(p, gap, -0.0166666666666613443);
     return mul_add(p, gap, 0.0833333333333332871);
   }
