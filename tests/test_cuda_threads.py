@@ -61,7 +61,7 @@ def hot_loops(library: Path) -> dict[tuple[str, ...], Loop]:
 
 # Logits, target, weights; elements of the loop; the bound on instructions per element. 34 for bfloat16 with uint8 and
 # 83 for float32 are what the memory of an H200 waits for, see count_instructions.py. A turn makes a group. With weights
-# the loop has it twice, with and without pos_weight, and 9 (12) more instructions, because a factor of 0 leaves out
+# the loop has it twice, with and without pos_weight, and more instructions, because a factor of 0 leaves out
 # infinities and NaN; one element may be computed outside of the loop.
 HOT_LOOPS = [
     ("BFloat16", "ByteTarget", "false", 8, 30),

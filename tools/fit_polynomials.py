@@ -13,7 +13,7 @@ whole function:
 
 The first three exist for float and for double. Their degree is the smallest whose error stays below an eighth of the
 type's rounding error, so the polynomial hardly affects the last bit. The degree of the last is the smallest whose
-error stays below the rounding error itself.
+error stays below the rounding error itself. The one by the gap has one more in double.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 // exp(-|x|) and log1p(e), each as a sum of two parts, for float and double, on CPU and CUDA.
 //
 // The code is branch-free, so that compilers vectorise the loops of csrc/cpu. Polynomials are evaluated in pairs (G.
-// Estrin, 1960): about as many operations as Horner's scheme, in a dependency chain of half the length.
+// Estrin, 1960): about as many operations as Horner's scheme, in a dependency chain of half the length. log1p_of_gap()
+// is by Horner's scheme.
 #pragma once
 
 #include <cmath>
@@ -164,8 +165,9 @@ FUSED_SCE_INLINE TwoPart<T> exp_of(ReducedArgument<T> reduced) {
   return {mantissa * reduced.scale, lost * reduced.scale};
 }
 
-// c - a b for a b within a few ULP of c, exactly. Without fused multiply-add the product is formed from halves of a and
-// b (T. J. Dekker, 1971).
+// c - a b: exactly for a b within a few ULP of c, as for a rounded product, and for quotient_of() with an error far
+// below the last bit of a. Without fused multiply-add the product is formed from halves of a and b (T. J. Dekker,
+// 1971).
 template <class T>
 FUSED_SCE_INLINE T residual_of_product(T a, T b, T c) {
 #if FUSED_SCE_HAS_FMA

@@ -185,7 +185,7 @@ FUSED_SCE_INLINE T factor_of_label(T t, T alpha, T pos_weight) {
 template <class T>
 struct Label {
   T base;    // m
-  T linear;  // c without clip, with clip c = linear + log1p(argument), minus if the argument has a sign
+  T linear;  // c; with clip c less log1p(argument), which has the sign of the argument
   T argument;
   T slope;
   T rate;
